@@ -1,0 +1,1 @@
+"""proxy_vllm: proxy-tuned generation on vLLM (base + alpha * (expert - antiexpert))."""

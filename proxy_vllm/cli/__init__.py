@@ -1,0 +1,1 @@
+"""The `proxy-vllm` command: one file a subcommand."""
