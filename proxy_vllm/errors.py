@@ -1,0 +1,5 @@
+"""Errors that a user can mend: the command line shows their text as one line, without a traceback."""
+
+
+class UserError(ValueError):
+    """Bad input or set-up. The message names the culprit and the way out, in one line."""
