@@ -1,0 +1,171 @@
+"""`proxy-vllm plan`: fit, KV cache and speed of a trio on a GPU, from three config.json files.
+
+Imports neither torch nor vLLM, so that it answers at once, also where vLLM is not installed; the
+subcommand therefore only has the shape of `vllm.entrypoints.cli.types.CLISubcommand`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from proxy_vllm.roofline import Plan
+
+
+class PlanSubcommand:
+    """The `plan` subcommand."""
+
+    name = "plan"
+    help = "Tell before any download whether a trio fits a GPU, and how fast it can be."
+
+    @staticmethod
+    def cmd(args: argparse.Namespace) -> None:
+        from proxy_vllm.roofline import find_gpu, plan
+        from proxy_vllm.shapes import model_shape
+
+        gpu = find_gpu(
+            args.gpu,
+            bandwidth_tbps=args.bandwidth_tbps,
+            tflops=args.tflops,
+            memory_gib=args.memory_gib,
+        )
+        result = plan(
+            model_shape(args.model),
+            model_shape(args.expert),
+            model_shape(args.antiexpert),
+            gpu,
+            dtype=args.dtype,
+            kv_cache_dtype=args.kv_cache_dtype,
+            batch=args.batch,
+            context=args.context,
+            tp=args.tensor_parallel_size,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            reserve_gib=args.reserve_gib,
+        )
+        if args.json == "-":
+            print(json.dumps(result.to_dict(), indent=2))
+            return
+        if args.json:
+            _write_json(args.json, result.to_dict())
+        print_plan(result)
+
+    def validate(self, args: argparse.Namespace) -> None:
+        pass
+
+    def subparser_init(self, subparsers: Any) -> Any:
+        from proxy_vllm.roofline import GPUS, RESERVE_GIB
+
+        parser = subparsers.add_parser(
+            self.name,
+            help=self.help,
+            description=f"{self.help} Only config.json of each model is read.",
+            usage="proxy-vllm plan BASE --expert E --antiexpert A --gpu GPU [options]",
+        )
+        parser.add_argument("model", metavar="BASE", help="model folder, or hub name")
+        parser.add_argument("--expert", required=True, help="the small tuned model")
+        parser.add_argument("--antiexpert", required=True, help="the small untuned model")
+        parser.add_argument("--gpu", help=f"one of {', '.join(GPUS)}")
+        parser.add_argument("--bandwidth-tbps", type=float, help="memory bandwidth, 1e12 bytes/s")
+        parser.add_argument("--tflops", type=float, help="dense 16-bit matmul rate, 1e12 FLOP/s")
+        parser.add_argument("--memory-gib", type=float, help="memory of one GPU")
+        parser.add_argument(
+            "--tp",
+            "--tensor-parallel-size",
+            "-tp",
+            dest="tensor_parallel_size",
+            type=int,
+            default=1,
+        )
+        parser.add_argument("--batch", type=int, default=1, help="sequences decoded together")
+        parser.add_argument("--context", type=int, default=1024, help="tokens of each sequence")
+        parser.add_argument("--dtype", default="bfloat16", help="of the weights (default bfloat16)")
+        parser.add_argument("--kv-cache-dtype", default="auto", help="auto is --dtype; or fp8")
+        parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+        parser.add_argument(
+            "--reserve-gib",
+            type=float,
+            default=RESERVE_GIB,
+            help="kept on each GPU for CUDA context, activations, logits and CUDA graphs "
+            "(default %(default)s)",
+        )
+        parser.add_argument("--json", metavar="FILE", help="write the figures; - for stdout only")
+        return parser
+
+
+def _write_json(path: str, result: dict[str, Any]) -> None:
+    from proxy_vllm.errors import UserError
+
+    try:
+        Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot write ({error.strerror})") from None
+
+
+def print_plan(result: Plan) -> None:
+    """A short table for people on stdout."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    inputs, gpu = result.inputs, result.inputs["gpu"]
+    tp, batch, context = (inputs[k] for k in ("tensor_parallel_size", "batch", "context"))
+    count = f"{tp} x " if tp > 1 else ""
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(
+        f"{count}{escape(gpu['name'])}: {gpu['bandwidth_tbps']:g} TB/s, {gpu['tflops']:g} TFLOP/s, "
+        f"{gpu['memory_gib']:g} GiB ({gpu['source']}); {inputs['dtype']}, batch {batch}, "
+        f"context {context}"
+    )
+    weights = Table("weights", "model", "GiB")
+    weights.columns[2].justify = "right"
+    for role in ("base", "expert", "antiexpert"):
+        weights.add_row(role, escape(inputs[role]), f"{result.weights_gib[role]:.2f}")
+    weights.add_row("total", "", f"{result.weights_gib['total']:.2f}")
+    console.print(weights)
+
+    speed = Table("", "proxy-tuned", "base alone")
+    for column in speed.columns[1:]:
+        column.justify = "right"
+    speed.add_row(
+        "decode step, at least", f"{result.step_ms:.3g} ms", f"{result.base_step_ms:.3g} ms"
+    )
+    speed.add_row(
+        "tokens/s, at most", f"{result.tokens_per_s:,.0f}", f"{result.base_tokens_per_s:,.0f}"
+    )
+    speed.add_row("slowdown against base", f"{result.slowdown:.2f}x", "1x")
+    speed.add_row(
+        "tokens the KV cache holds", f"{result.kv_tokens:,}", f"{result.base_kv_tokens:,}"
+    )
+    console.print(speed)
+    console.print(verdict(result))
+    for note in result.notes:
+        console.print(f"note: {escape(note)}")
+
+
+def verdict(result: Plan) -> str:
+    """One line: does it fit, and if not, what is short."""
+    inputs = result.inputs
+    need = inputs["batch"] * inputs["context"]
+    if result.fits:
+        return (
+            f"fits: yes (KV cache for {result.kv_tokens / inputs['context']:,.1f} such sequences)"
+        )
+    gpu, tp = inputs["gpu"], inputs["tensor_parallel_size"]
+    budget = gpu["memory_gib"] * inputs["gpu_memory_utilization"] - inputs["reserve_gib"]
+    held = result.weights_gib["total"] / tp
+    if held > budget:
+        return (
+            f"fits: no (weights take {held:.1f} GiB of each GPU, {max(budget, 0):.1f} GiB is there "
+            "for weights and KV cache); use more or larger GPUs, or quantised members"
+        )
+    return (
+        f"fits: no (the KV cache holds {result.kv_tokens:,} tokens, {need:,} are asked for); use "
+        "a smaller batch or context, more GPUs, or --kv-cache-dtype fp8"
+    )
+
+
+def cmd_init() -> list[Any]:
+    return [PlanSubcommand()]

@@ -1,0 +1,296 @@
+"""The model of cost: floor of a decode step, its ratio to the base alone, and the memory left.
+
+A step's floor is a sum of phases, each at the slower of its memory and its arithmetic, because the
+phases of one step follow each other:
+
+    matrices   max(bytes of weights / bandwidth,  2 * batch * weights / peak)       each model
+    attention  max(bytes of KV cache / bandwidth, 4 * batch * context * ... / peak) each model
+    sampling   batch * (sum of the models' vocabularies) * dtype bytes / bandwidth
+
+Weights count once a step, LM heads among them (a tied table is read whole by the head); of an
+untied token table one row a token is read, which is not counted. Launch gaps, activations and
+communication between ranks are not counted either, so a measured step lies above the floor.
+A tensor-parallel rank reads 1/T of the weights and its own KV heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from proxy_vllm.errors import UserError
+from proxy_vllm.shapes import DTYPE_BYTES, ConfigSource, ModelShape, model_shape
+
+GIB = 1 << 30
+KV_DTYPE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, **DTYPE_BYTES}
+
+RESERVE_GIB = 2.0
+"""CUDA context, activations of a prefill chunk, logits and CUDA graphs, on each GPU."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: memory bandwidth, dense bfloat16 tensor rate without sparsity, memory."""
+
+    name: str
+    bandwidth_tbps: float  # 1e12 bytes a second
+    tflops: float  # 1e12 operations a second
+    memory_gib: float
+    source: str = "data sheet"
+
+
+# memory_gib is what is left to a program (a little under the name's figure, as ECC and the driver
+# take their share). A measured copy reaches about nine tenths of a data sheet's bandwidth.
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("b200", 8.0, 2250.0, 178.3),
+        Gpu("h200", 4.3, 790.0, 139.8, "measured copy and bfloat16 matmul"),
+        Gpu("h100-sxm", 3.35, 989.0, 79.1),
+        Gpu("h100-pcie", 2.0, 756.0, 79.1),
+        Gpu("h100-nvl", 3.9, 835.0, 93.1),
+        Gpu("a100-80g", 2.039, 312.0, 79.1),
+        Gpu("a100-40g", 1.555, 312.0, 39.4),
+        Gpu("l40s", 0.864, 362.0, 44.4),
+        Gpu("l4", 0.3, 121.0, 22.0),
+        Gpu("a10g", 0.6, 70.0, 22.0),
+        Gpu("rtx4090", 1.008, 165.0, 23.5),
+        Gpu("rtx3090", 0.936, 71.0, 23.5),
+        Gpu("mi300x", 5.3, 1307.0, 191.5),
+    )
+}
+
+
+def find_gpu(
+    name: str | None,
+    *,
+    bandwidth_tbps: float | None = None,
+    tflops: float | None = None,
+    memory_gib: float | None = None,
+) -> Gpu:
+    """The GPU called `name`, with any figure replaced; or one made of the three figures.
+
+    Raises `UserError` for a name that is not in `GPUS` unless all three figures are given.
+    """
+    given = {"bandwidth_tbps": bandwidth_tbps, "tflops": tflops, "memory_gib": memory_gib}
+    for key, value in given.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{key.replace('_', '-')} {value}: give a positive number")
+    figures = {key: value for key, value in given.items() if value is not None}
+    known = GPUS.get((name or "").lower())
+    if known is None:
+        if len(figures) < len(given):
+            what = "no GPU given" if name is None else f"unknown GPU {name!r}"
+            raise UserError(
+                f"{what}: choose one of {', '.join(GPUS)}, "
+                "or give --bandwidth-tbps, --tflops and --memory-gib"
+            )
+        return Gpu(name or "custom", **figures, source="given")
+    if not figures:
+        return known
+    source = "given" if len(figures) == len(given) else f"{known.source}, in part given"
+    return Gpu(**{**asdict(known), **figures, "source": source})
+
+
+@dataclass(frozen=True)
+class StepFloor:
+    """Least time of one decode step of `batch` sequences, in milliseconds."""
+
+    matmul_ms: float
+    attention_ms: float
+    sampling_ms: float
+
+    @property
+    def step_ms(self) -> float:
+        return self.matmul_ms + self.attention_ms + self.sampling_ms
+
+
+def step_floor(
+    members: Sequence[ModelShape],  # the base first
+    gpu: Gpu,
+    *,
+    batch: int = 1,
+    context: int = 1024,
+    tp: int = 1,
+    dtype_bytes: float = 2,
+    kv_bytes: float | None = None,
+) -> StepFloor:
+    """Floor of a decode step of `members` run one after another on `tp` GPUs like `gpu`.
+
+    `context` is the number of tokens that each of the `batch` rows attends to. `members` holds the
+    base alone, or base, expert and antiexpert; logit columns past the base's vocabulary are cut.
+    """
+    bandwidth, peak = gpu.bandwidth_tbps * 1e12, gpu.tflops * 1e12
+    kv_bytes = dtype_bytes if kv_bytes is None else kv_bytes
+    matmul = attention = logits = 0.0
+    for shape in members:
+        weight_s = shape.step_weight_bytes(dtype_bytes, batch) / tp / bandwidth
+        matmul += max(weight_s, shape.step_matmul_flops(batch) / tp / peak)
+        kv_s = shape.step_kv_bytes(kv_bytes, batch, context, tp) / bandwidth
+        attention += max(kv_s, shape.step_attention_flops(batch, context) / tp / peak)
+        columns = min(shape.vocab_size, members[0].vocab_size)
+        logits += batch * columns * dtype_bytes / tp / bandwidth
+    return StepFloor(matmul * 1e3, attention * 1e3, logits * 1e3)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a trio costs on a GPU. Times are floors; memory is per GPU."""
+
+    step_ms: float
+    base_step_ms: float
+    ratio: float
+    """base_step_ms / step_ms: the share of the base's own speed that is left, at most 1."""
+    slowdown: float
+    """step_ms / base_step_ms."""
+    tokens_per_s: float
+    base_tokens_per_s: float
+    fits: bool
+    """The weights, the reserve and the KV cache of `batch` rows of `context` tokens fit."""
+    kv_tokens: int
+    """Tokens that the KV cache of the three holds beside weights and reserve."""
+    base_kv_tokens: int
+    kv_bytes_per_token: float
+    weights_gib: dict[str, float]
+    """Of each member and `total`, over all GPUs."""
+    parts_ms: dict[str, float]
+    inputs: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "notes": list(self.notes)}
+
+
+def plan(
+    base: ModelShape | ConfigSource,
+    expert: ModelShape | ConfigSource,
+    antiexpert: ModelShape | ConfigSource,
+    gpu: Gpu | str,
+    *,
+    dtype: str = "bfloat16",
+    kv_cache_dtype: str = "auto",
+    batch: int = 1,
+    context: int = 1024,
+    tp: int = 1,
+    gpu_memory_utilization: float = 0.9,
+    reserve_gib: float = RESERVE_GIB,
+) -> Plan:
+    """Time, memory and fit of a trio on `tp` GPUs.
+
+    Members are shapes, or anything that `proxy_vllm.shapes.load_config` reads. Raises `UserError`
+    for an input that no engine could run, by name.
+
+    >>> tiny = dict(model_type="llama", hidden_size=64, num_hidden_layers=2, vocab_size=256,
+    ...             num_attention_heads=2, intermediate_size=128)
+    >>> plan(tiny, tiny, tiny, "h200").fits
+    True
+    """
+    gpu = find_gpu(gpu) if isinstance(gpu, str) else gpu
+    roles = ("base", "expert", "antiexpert")
+    members = [
+        source if isinstance(source, ModelShape) else model_shape(source)
+        for source in (base, expert, antiexpert)
+    ]
+    _check(members, batch, context, tp, gpu_memory_utilization, reserve_gib)
+    notes = [f"{role}: {note}" for role, m in zip(roles, members) for note in m.notes]
+    notes += _warnings(dict(zip(roles, members)), context, gpu, tp)
+
+    dtype_bytes = _dtype_bytes(dtype)
+    if dtype_bytes == 4:
+        notes.append("peak FLOP/s is the 16-bit one; float32 arithmetic is slower")
+    kv_bytes = dtype_bytes if kv_cache_dtype == "auto" else KV_DTYPE_BYTES.get(kv_cache_dtype)
+    if kv_bytes is None:
+        raise UserError(f"unknown KV cache dtype {kv_cache_dtype!r}: {', '.join(KV_DTYPE_BYTES)}")
+    load = {"batch": batch, "context": context, "tp": tp}
+    floor = step_floor(members, gpu, dtype_bytes=dtype_bytes, kv_bytes=kv_bytes, **load)
+    alone = step_floor(members[:1], gpu, dtype_bytes=dtype_bytes, kv_bytes=kv_bytes, **load)
+
+    weights = {role: m.weight_bytes(dtype_bytes) / GIB for role, m in zip(roles, members)}
+    budget_gib = gpu.memory_gib * gpu_memory_utilization - reserve_gib
+
+    def kv_tokens(count: int) -> int:
+        per_token = sum(m.kv_bytes_per_token(kv_bytes, tp) for m in members[:count])
+        left = (budget_gib - sum(list(weights.values())[:count]) / tp) * GIB
+        return max(0, int(left // per_token))
+
+    tokens = kv_tokens(3)
+    return Plan(
+        step_ms=floor.step_ms,
+        base_step_ms=alone.step_ms,
+        ratio=alone.step_ms / floor.step_ms,
+        slowdown=floor.step_ms / alone.step_ms,
+        tokens_per_s=batch / floor.step_ms * 1e3,
+        base_tokens_per_s=batch / alone.step_ms * 1e3,
+        fits=tokens >= batch * context,
+        kv_tokens=tokens,
+        base_kv_tokens=kv_tokens(1),
+        kv_bytes_per_token=sum(m.kv_bytes_per_token(kv_bytes, tp) for m in members),
+        weights_gib={**weights, "total": sum(weights.values())},
+        parts_ms=asdict(floor),
+        inputs={
+            **{role: m.name for role, m in zip(roles, members)},
+            "gpu": asdict(gpu),
+            "tensor_parallel_size": tp,
+            "dtype": dtype,
+            "kv_cache_dtype": kv_cache_dtype,
+            "batch": batch,
+            "context": context,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "reserve_gib": reserve_gib,
+        },
+        notes=tuple(notes),
+    )
+
+
+def _dtype_bytes(dtype: str) -> int:
+    if dtype == "auto":  # vLLM runs a float32 checkpoint at 16 bits too, unless told otherwise
+        return 2
+    if dtype not in DTYPE_BYTES:
+        raise UserError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPE_BYTES)}")
+    return DTYPE_BYTES[dtype]
+
+
+def _check(
+    members: Sequence[ModelShape],
+    batch: int,
+    context: int,
+    tp: int,
+    utilization: float,
+    reserve_gib: float,
+) -> None:
+    for name, value in (("--batch", batch), ("--context", context), ("--tp", tp)):
+        if value < 1:
+            raise UserError(f"{name} {value}: give a whole number from 1")
+    if not 0 < utilization <= 1:
+        raise UserError(f"--gpu-memory-utilization {utilization}: give a share above 0, up to 1")
+    if not 0 <= reserve_gib < float("inf"):
+        raise UserError(f"--reserve-gib {reserve_gib}: give a number of GiB from 0")
+    for shape in members:
+        kv_heads = shape.num_kv_heads
+        even_kv = kv_heads % tp == 0 or tp % kv_heads == 0
+        if shape.num_heads % tp or not even_kv:
+            raise UserError(
+                f"{shape.name}: {shape.num_heads} attention heads ({kv_heads} KV heads) do not "
+                f"split over --tp {tp}; choose a size that divides the heads of all three members"
+            )
+
+
+def _warnings(members: Mapping[str, ModelShape], context: int, gpu: Gpu, tp: int) -> list[str]:
+    notes = []
+    for role, shape in members.items():
+        if shape.max_positions and context > shape.max_positions:
+            notes.append(f"{role}: has {shape.max_positions} positions, context is {context}")
+    base = members["base"].vocab_size
+    for role in ("expert", "antiexpert"):
+        size = members[role].vocab_size
+        if size < base:
+            notes.append(
+                f"{role}: {size} vocabulary entries, base has {base}; the three must share one "
+                "tokenizer, and padding alone may differ"
+            )
+    if tp > 1:
+        notes.append("communication between ranks is not counted")
+    if gpu.source == "data sheet":
+        notes.append("bandwidth is the data sheet's; a measured copy reaches about 0.9 of it")
+    return notes

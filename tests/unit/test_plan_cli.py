@@ -1,0 +1,163 @@
+"""`proxy-vllm plan` from folders that hold nothing but a config.json."""
+
+import argparse
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from proxy_vllm.cli.plan import PlanSubcommand, cmd_init
+from proxy_vllm.errors import UserError
+
+BASE = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+}
+SMALL = BASE | {
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "intermediate_size": 8192,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
+}
+
+
+@pytest.fixture
+def trio(tmp_path):
+    """Arguments naming three folders with a config.json each, and no weights."""
+    for name, config in (("base", BASE), ("expert", SMALL), ("antiexpert", SMALL)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    folder = {name: str(tmp_path / name) for name in ("base", "expert", "antiexpert")}
+    return [folder["base"], "--expert", folder["expert"], "--antiexpert", folder["antiexpert"]]
+
+
+def run(*argv):
+    parser = argparse.ArgumentParser(prog="proxy-vllm")
+    subparsers = parser.add_subparsers()
+    for command in cmd_init():
+        command.subparser_init(subparsers).set_defaults(dispatch_function=command.cmd)
+    args = parser.parse_args(["plan", *argv])
+    PlanSubcommand().validate(args)
+    args.dispatch_function(args)
+
+
+def test_table_and_json_tell_the_design_figures(trio, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    run(*trio, "--gpu", "h200", "--tp", "1", "--batch", "64", "--json", str(out))
+    result = json.loads(out.read_text())
+    assert result["step_ms"] == pytest.approx(7.65, rel=4e-3)
+    assert result["base_step_ms"] == pytest.approx(5.49, rel=4e-3)
+    assert result["ratio"] == pytest.approx(5.49 / 7.65, rel=8e-3)
+    assert result["fits"] is True
+    # Published parameters, 16 bits: 8030261248 and 1235814400.
+    assert result["weights_gib"]["base"] == pytest.approx(8030261248 * 2 / 2**30)
+    assert result["weights_gib"]["expert"] == pytest.approx(1235814400 * 2 / 2**30)
+    # 139.8 * 0.9 - 2 GiB less the weights, over 131072 + 2 * 32768 bytes.
+    weights = (8030261248 + 2 * 1235814400) * 2
+    assert result["kv_tokens"] == int(((139.8 * 0.9 - 2) * 2**30 - weights) // 196608)
+    assert result["tokens_per_s"] == pytest.approx(64 / result["step_ms"] * 1e3)
+
+    text = capsys.readouterr().out
+    for shown in ("14.96", "2.30", "7.65 ms", "5.49 ms", "1.39x", "8,368", "569,391", "fits: yes"):
+        assert shown in text
+
+
+def test_json_to_stdout_is_nothing_but_json(trio, capsys):
+    run(*trio, "--gpu", "l4", "--json", "-")
+    result = json.loads(capsys.readouterr().out)
+    assert result["fits"] is False
+    assert result["kv_tokens"] == 0
+
+
+def test_not_fitting_says_what_is_short(trio, capsys):
+    run(*trio, "--gpu", "l4")
+    assert (
+        "fits: no (weights take 19.6 GiB of each GPU, 17.8 GiB is there" in capsys.readouterr().out
+    )
+    run(*trio, "--gpu", "h200", "--batch", "1000")
+    assert "fits: no (the KV cache holds 569,391 tokens, 1,024,000" in capsys.readouterr().out
+
+
+def test_own_figures_replace_a_gpu(trio, capsys):
+    figures = ["--bandwidth-tbps", "4.3", "--tflops", "790", "--memory-gib", "139.8"]
+    run(*trio, *figures, "--json", "-")
+    own = json.loads(capsys.readouterr().out)
+    run(*trio, "--gpu", "h200", "--json", "-")
+    named = json.loads(capsys.readouterr().out)
+    assert own["step_ms"] == named["step_ms"]
+    assert own["kv_tokens"] == named["kv_tokens"]
+
+
+def test_context_past_a_member_is_noted(trio, capsys):
+    run(*trio, "--gpu", "h200", "--context", "4096")
+    out = capsys.readouterr().out
+    assert "note: expert: has 2048 positions, context is 4096" in out
+    assert "note: base:" not in out
+
+
+def one_line_error(*argv):
+    with pytest.raises(UserError) as error:
+        run(*argv)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_bad_input_names_the_culprit(trio, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    message = one_line_error(*trio, "--gpu", "voodoo2")
+    assert "voodoo2" in message
+    assert "--bandwidth-tbps" in message
+    missing = str(tmp_path / "nowhere")
+    assert missing in one_line_error(missing, *trio[1:], "--gpu", "h200")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in one_line_error(str(tmp_path / "empty"), *trio[1:], "--gpu", "h200")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"hidden_size": 4096,')
+    assert str(broken) in one_line_error(str(broken), *trio[1:], "--gpu", "h200")
+    (broken / "config.json").write_bytes(b"\xff\xfe\x00")
+    assert str(broken) in one_line_error(str(broken), *trio[1:], "--gpu", "h200")
+    unwritable = str(tmp_path / "no" / "folder.json")
+    assert unwritable in one_line_error(*trio, "--gpu", "h200", "--json", unwritable)
+
+
+def test_a_hub_name_that_cannot_be_had_is_one_line(trio, monkeypatch):
+    """The hub client is told to stay offline, so nothing is asked of any network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = one_line_error("nobody/no-such-model", *trio[1:], "--gpu", "h200")
+    assert "nobody/no-such-model" in message
+    assert "local model folder" in message
+
+
+def test_nothing_heavy_is_imported(trio):
+    """The answer must come at once, and where vLLM is not installed."""
+    code = textwrap.dedent("""
+        import argparse, sys
+        sys.path.insert(0, ".")
+        from proxy_vllm.cli.plan import cmd_init
+        subparsers = (parser := argparse.ArgumentParser()).add_subparsers()
+        for command in cmd_init():
+            command.subparser_init(subparsers).set_defaults(run=command.cmd)
+        args = parser.parse_args(sys.argv[1:])
+        args.run(args)
+        heavy = {"torch", "vllm", "transformers", "numpy"} & set(sys.modules)
+        assert not heavy, heavy
+    """)
+    argv = [sys.executable, "-c", code, "plan", *trio, "--gpu", "h200"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "fits: yes" in done.stdout
