@@ -154,14 +154,19 @@ def _hub_config(name: str) -> Path:
     if looks_local or not name.strip():
         raise UserError(f"{name or repr(name)}: no such model folder; {hint}")
     try:
-        from huggingface_hub import hf_hub_download
+        import huggingface_hub as hub
     except ImportError:
         raise UserError(f"{name}: no such folder, and huggingface_hub is missing; {hint}") from None
     try:
-        return Path(hf_hub_download(name, "config.json"))
-    except Exception as error:  # the hub client raises requests', httpx' and its own kinds
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        why = f"{type(error).__name__}: {reason}"
+        cached = hub.try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return Path(cached)
+        # Without this a name that the hub does not have, or no network, is retried for 20 seconds.
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"))
+        return Path(hub.hf_hub_download(name, "config.json"))
+    except Exception as error:  # the hub client's own kinds, its HTTP library's, and ValueError
+        reason = (str(error).strip().splitlines() or [""])[0].partition(" (Request ID")[0]
+        why = f"{type(error).__name__}: {reason.rstrip('.')}"
         raise UserError(
             f"{name}: no such folder here, and the hub gave no config.json ({why}); {hint}"
         ) from None

@@ -1,10 +1,13 @@
 """`proxy-vllm plan` from folders that hold nothing but a config.json."""
 
 import argparse
+import http.server
 import json
+import os
 import subprocess
 import sys
-import textwrap
+import threading
+from typing import ClassVar
 
 import pytest
 
@@ -143,21 +146,67 @@ def test_a_hub_name_that_cannot_be_had_is_one_line(trio, monkeypatch):
     assert "local model folder" in message
 
 
+RUN = """
+import argparse, sys
+from proxy_vllm.cli.plan import cmd_init
+subparsers = (parser := argparse.ArgumentParser()).add_subparsers()
+for command in cmd_init():
+    command.subparser_init(subparsers).set_defaults(run=command.cmd)
+args = parser.parse_args(sys.argv[1:])
+args.run(args)
+heavy = {"torch", "vllm", "transformers", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
 def test_nothing_heavy_is_imported(trio):
     """The answer must come at once, and where vLLM is not installed."""
-    code = textwrap.dedent("""
-        import argparse, sys
-        sys.path.insert(0, ".")
-        from proxy_vllm.cli.plan import cmd_init
-        subparsers = (parser := argparse.ArgumentParser()).add_subparsers()
-        for command in cmd_init():
-            command.subparser_init(subparsers).set_defaults(run=command.cmd)
-        args = parser.parse_args(sys.argv[1:])
-        args.run(args)
-        heavy = {"torch", "vllm", "transformers", "numpy"} & set(sys.modules)
-        assert not heavy, heavy
-    """)
-    argv = [sys.executable, "-c", code, "plan", *trio, "--gpu", "h200"]
+    argv = [sys.executable, "-c", RUN, "plan", *trio, "--gpu", "h200"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "fits: yes" in done.stdout
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's protocol as one small file takes; `asked` lists what was wanted."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self):
+        self.asked.append(self.path)
+        body = json.dumps(BASE).encode()
+        self.send_response(200 if self.path == "/big/model/resolve/main/config.json" else 404)
+        self.send_header("ETag", '"0123456789"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD
+
+    def log_message(self, *args):
+        pass
+
+
+def test_of_a_hub_model_only_config_json_is_fetched(trio, tmp_path):
+    Hub.asked.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "NO_PROXY": "127.0.0.1"}
+        env |= {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        argv = [sys.executable, "-c", RUN, "plan", "big/model", *trio[1:], "--gpu", "h200"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=env)
+        missing = subprocess.run(
+            [*argv[:4], "small/model", *argv[5:]],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=env,
+        )
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert "14.96" in done.stdout
+    assert {path.rsplit("/", 1)[1] for path in Hub.asked} == {"config.json"}
+    assert "UserError: small/model: no such folder here, and the hub gave no" in missing.stderr
