@@ -1,0 +1,53 @@
+"""The modified worker on a CPU: the V1 runner, or Model Runner V2 in Triton's interpreter."""
+
+# Replaces device calls of PyTorch by no-ops, so it must come before anything that binds them.
+import vllm.v1.worker.cpu.shm  # noqa: F401  # isort: skip
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from proxy_vllm.config import ProxyConfig
+from proxy_vllm.request import worker_alpha
+from proxy_vllm.runner import ProxyModelRunner
+from proxy_vllm.worker import ProxyWorkerMixin
+
+
+class ProxyCPUModelRunner(CPUModelRunner):
+    """vLLM's V1 runner on a CPU, handing each token's alpha to the model."""
+
+    def __init__(self, vllm_config, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.proxy_config = ProxyConfig.from_vllm_config(vllm_config)
+
+    def _model_forward(self, *args: Any, positions: torch.Tensor, **kwargs: Any) -> Any:
+        req_ids = self.input_batch.req_ids
+        alphas = np.array(
+            [worker_alpha(self.proxy_config, self.requests[r].sampling_params) for r in req_ids],
+            dtype=np.float32,
+        )
+        tokens = np.diff(self.query_start_loc.np[: len(req_ids) + 1])
+        alpha = torch.full((positions.shape[-1],), self.proxy_config.alpha)
+        alpha[: tokens.sum()] = torch.from_numpy(np.repeat(alphas, tokens))
+        return super()._model_forward(*args, positions=positions, alpha=alpha, **kwargs)
+
+
+class ProxyCPUModelRunnerV2(ProxyModelRunner, CPUModelRunnerV2):
+    """Model Runner V2 on a CPU: the GPU's code path for tests."""
+
+
+class ProxyCPUWorker(ProxyWorkerMixin, CPUWorker):
+    """CPU worker of a proxy-tuned engine."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        # vLLM's CPU worker has no `_make_model_runner`; the runner it made holds no weights yet.
+        self.model_runner = self._make_model_runner()
+
+    def _make_model_runner(self):
+        runner = ProxyCPUModelRunnerV2 if self.use_v2_model_runner else ProxyCPUModelRunner
+        return runner(self.vllm_config, self.device)

@@ -1,0 +1,162 @@
+"""``ProxyTunedForCausalLM``: three vLLM models that run as one."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.model_executor.models.interfaces import SupportsPP, supports_pp
+from vllm.model_executor.models.utils import maybe_prefix
+from vllm.sequence import IntermediateTensors
+
+from proxy_vllm.config import ROLES, ProxyConfig
+from proxy_vllm.errors import UserError
+from proxy_vllm.formula import combine_logits
+from proxy_vllm.members import (
+    build_member,
+    load_member,
+    member_vllm_configs,
+    retie_embeddings,
+)
+
+
+class ProxyTunedForCausalLM(nn.Module, SupportsPP):
+    """Base, expert and antiexpert behind vLLM's interface of a single text-generation model.
+
+    ``forward`` returns one tensor ``[T, width]``, as vLLM's runners expect: the three hidden states
+    side by side, then the row's alpha as the bits of a float32. So whatever vLLM does with the rows
+    of a hidden state (sampling positions, prompt log-probabilities, draft verification, gathering
+    over ranks), each row keeps its own alpha.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.proxy_config = ProxyConfig.from_vllm_config(vllm_config)
+        self.vllm_config = vllm_config
+        self.config = vllm_config.model_config.hf_config
+        self.vocab_size = vllm_config.model_config.get_vocab_size()
+
+        self.member_configs = member_vllm_configs(vllm_config, self.proxy_config)
+        for role in ROLES:
+            member = build_member(role, self.member_configs[role], maybe_prefix(prefix, role))
+            setattr(self, role, member)
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            for role in ROLES:
+                if not supports_pp(getattr(self, role)):
+                    raise UserError(
+                        f"{role}: {type(getattr(self, role)).__name__} does not support"
+                        " --pipeline-parallel-size; use --tensor-parallel-size"
+                    )
+        dtypes = {config.model_config.dtype for config in self.member_configs.values()}
+        # Any 16-bit hidden state passes through float32 unchanged.
+        self.hidden_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        self.weights_loaded = False
+        # Hidden size of each member, known when it has run once (some project after their norm).
+        self._widths: tuple[int, ...] = ()
+
+    def members(self) -> list[nn.Module]:
+        return [getattr(self, role) for role in ROLES]
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.base.embed_input_ids(input_ids)
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        tensors = {}
+        for role, member in zip(ROLES, self.members()):
+            own = self.member_configs[role].model_config.dtype
+            empty = member.make_empty_intermediate_tensors(batch_size, own, device)
+            tensors.update({f"{role}.{name}": tensor for name, tensor in empty.items()})
+        return IntermediateTensors(tensors)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,  # [T]
+        positions: torch.Tensor,  # [T]
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        alpha: torch.Tensor | None = None,  # [T] float32; None: the server's alpha
+    ) -> torch.Tensor | IntermediateTensors:
+        """Run the three members over the same tokens.
+
+        Returns:
+            On the last pipeline rank ``[T, sum of hidden sizes + alpha]``, else the members'
+            intermediate tensors, their names prefixed with the role.
+        """
+        outputs = []
+        for role, member in zip(ROLES, self.members()):
+            stage = None
+            if intermediate_tensors is not None:
+                stage = IntermediateTensors(
+                    {
+                        name.removeprefix(f"{role}."): tensor
+                        for name, tensor in intermediate_tensors.items()
+                        if name.startswith(f"{role}.")
+                    }
+                )
+            outputs.append(member(input_ids, positions, intermediate_tensors=stage))
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors(
+                {
+                    f"{role}.{name}": tensor
+                    for role, output in zip(ROLES, outputs)
+                    for name, tensor in output.items()
+                }
+            )
+        return self._pack(outputs, alpha)
+
+    def _pack(self, hidden: list[torch.Tensor], alpha: torch.Tensor | None) -> torch.Tensor:
+        if alpha is None:
+            alpha = torch.full(
+                (hidden[0].shape[0],), self.proxy_config.alpha, device=hidden[0].device
+            )
+        self._widths = tuple(h.shape[-1] for h in hidden)
+        bits = alpha.contiguous()[:, None].view(self.hidden_dtype)  # [T, 1] or [T, 2]
+        return torch.cat([*(h.to(self.hidden_dtype) for h in hidden), bits], dim=-1)
+
+    def unpack(
+        self, packed: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:  # 3 x [N, d_m], [N] float32
+        """Take apart rows that ``forward`` returned: hidden state of each member, alpha."""
+        *hidden, bits = packed.split([*self._widths, packed.shape[-1] - sum(self._widths)], dim=-1)
+        hidden = [
+            h.to(self.member_configs[role].model_config.dtype) for role, h in zip(ROLES, hidden)
+        ]
+        return hidden, bits.contiguous().view(torch.float32).squeeze(-1)
+
+    def member_logits(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Logits of each member over its whole vocabulary, ``[N, V_m]``."""
+        return [member.compute_logits(h) for member, h in zip(self.members(), hidden)]
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Combined logits ``[N, V]`` in float32 of rows that ``forward`` returned."""
+        hidden, alpha = self.unpack(hidden_states)
+        base, expert, antiexpert = self.member_logits(hidden)
+        if base is None:  # a rank that does not receive the gathered logits
+            return None
+        return combine_logits(base, expert, antiexpert, alpha)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the base from ``weights`` and the small members from their own checkpoints."""
+        loaded = self.base.load_weights(weights)
+        retie_embeddings(self.base, self.member_configs["base"])
+        for role in ROLES[1:]:
+            load_member(getattr(self, role), self.member_configs[role])
+        self.weights_loaded = True
+        # vLLM compares what was loaded with what exists. The small members' loaders did so for
+        # theirs; a base that does not tell is taken at its word, as vLLM does.
+        names = {name for name, _ in self.named_parameters()}
+        if loaded is None:
+            return names
+        return {f"base.{name}" for name in loaded} | {
+            name for name in names if not name.startswith("base.")
+        }
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """Model Runner V2's hook for per-request state."""
+        from proxy_vllm.model_state import ProxyModelState
+
+        return ProxyModelState

@@ -1,0 +1,11 @@
+"""The `vllm.general_plugins` entry point: vLLM calls it in every process that it starts."""
+
+from proxy_vllm.config import ARCHITECTURE
+
+
+def register() -> None:
+    """Register the composite model with vLLM. Safe to call any number of times."""
+    from vllm import ModelRegistry
+
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, f"proxy_vllm.model:{ARCHITECTURE}")

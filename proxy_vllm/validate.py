@@ -1,0 +1,170 @@
+"""Checks of a trio before any engine process starts: one clear line instead of a worker's trace."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from proxy_vllm.config import ROLES, ProxyConfig
+from proxy_vllm.errors import UserError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig
+
+T = TypeVar("T")
+
+# Model arguments that a composite of three models cannot honour.
+_REFUSED = {
+    "enable_lora": "LoRA adapters: merge the adapter into the member, or use it as the expert",
+    "enable_prompt_embeds": "prompt embeddings: three models have three embedding spaces",
+    "runner": "",
+    "convert": "",
+}
+
+
+def _reading(role: str, name: str, read: Callable[[], T]) -> T:
+    """Run ``read``; turn whatever it raises into one line that names the member."""
+    local = Path(name)
+    if local.is_absolute() or name.startswith("."):
+        if not local.exists():
+            raise UserError(f"{role} {name!r}: no such folder")
+        if local.is_dir() and not (local / "config.json").exists():
+            raise UserError(f"{role} {name!r}: the folder holds no config.json")
+    try:
+        return read()
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if len(reason) > 400:
+            reason = reason[:400] + " ..."
+        raise UserError(f"{role} {name!r} cannot be used: {reason}") from error
+
+
+def validate_trio(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str, Any]:
+    """Check that base, expert and antiexpert can run as one model.
+
+    Args:
+        kwargs: engine arguments of the base, as for ``vllm.EngineArgs``.
+        proxy: the small members.
+
+    Returns:
+        The arguments, with ``max_model_len`` set to the shortest member's limit where the user
+        named none.
+
+    Raises:
+        UserError: naming the member, the fault, and the way out.
+    """
+    for name, why in _REFUSED.items():
+        value = kwargs.get(name)
+        if value in (None, False, "auto") or (name, value) in (
+            ("runner", "generate"),
+            ("convert", "none"),
+        ):
+            continue
+        raise UserError(
+            f"{name}={value!r} is not supported by a proxy-tuned model" + (f": {why}" if why else "")
+        )
+    configs = member_configs(kwargs, proxy)
+    for role, config in configs.items():
+        check_architecture(role, config)
+    max_model_len = _fit_length(kwargs.get("max_model_len"), configs)
+    if not proxy.allow_tokenizer_mismatch and not kwargs.get("skip_tokenizer_init"):
+        check_tokenizers(configs)
+    return kwargs if max_model_len is None else {**kwargs, "max_model_len": max_model_len}
+
+
+def member_configs(kwargs: dict[str, Any], proxy: ProxyConfig) -> "dict[str, ModelConfig]":
+    """vLLM's own configuration of each member, length limits as the checkpoints give them."""
+    from vllm import EngineArgs
+
+    from proxy_vllm.members import member_model_config
+
+    known = EngineArgs.__dataclass_fields__
+    plain = {k: v for k, v in kwargs.items() if k in known and k != "max_model_len"}
+    configs = {
+        "base": _reading(
+            "base", str(kwargs["model"]), lambda: EngineArgs(**plain).create_model_config()
+        )
+    }
+    for role in ROLES[1:]:
+        configs[role] = _reading(
+            role,
+            getattr(proxy, role),
+            lambda role=role: member_model_config(role, proxy, configs["base"]),
+        )
+    return configs
+
+
+def check_architecture(role: str, config: "ModelConfig") -> None:
+    """Refuse what the composite cannot hold: anything but a decoder with full attention."""
+    name = f"{role} {config.model!r}"
+    kinds = {
+        "an encoder-decoder": config.is_encoder_decoder,
+        "a multimodal model": config.is_multimodal_model,
+        "a model without attention": config.is_attention_free,
+        "a hybrid of attention and state-space layers": config.is_hybrid,
+        "a model with multi-head latent attention": config.use_mla,
+        "not a text-generation model": config.runner_type != "generate",
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise UserError(f"{name} is {kind}: proxy_vllm runs decoders with full attention")
+    text_config = config.hf_text_config
+    layer_types = set(getattr(text_config, "layer_types", None) or []) - {"full_attention"}
+    if (layer_types or config.get_sliding_window()) and not config.disable_sliding_window:
+        kind = ", ".join(sorted(layer_types)) or f"window {config.get_sliding_window()}"
+        raise UserError(
+            f"{name} uses sliding-window or other partial attention ({kind}): proxy_vllm runs"
+            " full attention; --disable-sliding-window caps the length at the window instead"
+        )
+
+
+def _fit_length(asked: int | str | None, configs: "dict[str, ModelConfig]") -> int | None:
+    """The length to serve, or None to leave vLLM's choice; refuse one that a member cannot hold."""
+    limits = {role: config.max_model_len for role, config in configs.items()}
+    shortest = min(limits, key=lambda role: limits[role])
+    if asked in (None, -1, "auto"):
+        return limits[shortest] if limits[shortest] < limits["base"] else None
+    for role in ROLES[1:]:
+        if int(asked) > limits[role]:
+            raise UserError(
+                f"{role} {configs[role].model!r} holds at most {limits[role]} tokens, but"
+                f" --max-model-len is {asked}: pass --max-model-len {limits[shortest]} or less"
+            )
+    return None
+
+
+def check_parallel(configs: "dict[str, ModelConfig]", parallel: "ParallelConfig") -> None:
+    """Refuse a tensor- or pipeline-parallel size that a member cannot be split by."""
+    for role, config in configs.items():
+        _reading(role, config.model, lambda c=config: c.verify_with_parallel_config(parallel))
+
+
+def check_tokenizers(configs: "dict[str, ModelConfig]") -> None:
+    """Refuse members whose tokenizers give one id to two tokens.
+
+    Ids that only one of two tokenizers knows (padding, tokens added by tuning) are no fault: the
+    small members' extra columns are cut, and missing ones shift nothing.
+    """
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    vocabularies = {}
+    for role, config in configs.items():
+        tokenizer = _reading(
+            f"tokenizer of the {role}",
+            config.tokenizer,
+            lambda c=config: cached_tokenizer_from_config(c),
+        )
+        vocabularies[role] = {index: token for token, index in tokenizer.get_vocab().items()}
+    base = vocabularies["base"]
+    for role in ROLES[1:]:
+        own = vocabularies[role]
+        differing = sorted(i for i in base.keys() & own.keys() if base[i] != own[i])
+        if differing:
+            shown = "; ".join(f"{i}: {base[i]!r} / {own[i]!r}" for i in differing[:3])
+            raise UserError(
+                f"the tokenizers of base and {role} disagree on {len(differing)} token ids, first"
+                f" {shown}: use members of one family, or --allow-tokenizer-mismatch"
+            )
+        if not base.keys() & own.keys():
+            raise UserError(f"the tokenizers of base and {role} share no token id")

@@ -1,0 +1,78 @@
+"""The modified worker: validation, memory account, and a runner that carries alpha."""
+
+from vllm.logger import init_logger
+from vllm.utils.mem_utils import format_gib
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.worker.gpu_worker import Worker
+
+from proxy_vllm.config import ROLES, ProxyConfig, check_vllm_version
+from proxy_vllm.errors import UserError
+from proxy_vllm.members import kv_bytes_per_token, weight_bytes
+
+logger = init_logger(__name__)
+
+
+class ProxyWorkerMixin:
+    """What the CPU and the GPU worker have in common."""
+
+    def init_device(self) -> None:
+        check_vllm_version()
+        ProxyConfig.from_vllm_config(self.vllm_config)
+        super().init_device()
+
+    def load_model(self, *args, **kwargs) -> None:
+        super().load_model(*args, **kwargs)
+        model = self.model_runner.get_model()
+        load_format = self.vllm_config.load_config.load_format
+        if not model.weights_loaded and load_format != "dummy":
+            raise UserError(
+                f"--load-format {load_format} does not load the expert and the antiexpert:"
+                " use auto, safetensors, pt or dummy"
+            )
+        self._weight_bytes = {role: weight_bytes(getattr(model, role)) for role in ROLES}
+        logger.info(
+            "Weights on rank %d: %s",
+            self.rank,
+            ", ".join(f"{role} {format_gib(b)} GiB" for role, b in self._weight_bytes.items()),
+        )
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs = super().get_kv_cache_spec()
+        for name, spec in specs.items():
+            role = name.split(".", 1)[0]
+            if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+                raise UserError(
+                    f"{role}: layer {name} uses {type(spec).__name__}; proxy_vllm runs models with"
+                    " full attention only"
+                )
+        return specs
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)
+        per_token = kv_bytes_per_token(super().get_kv_cache_spec())
+        blocks = kv_cache_config.num_blocks
+        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        tokens = blocks * block_size
+        logger.info(
+            "KV cache on rank %d: %d tokens; %s",
+            self.rank,
+            tokens,
+            ", ".join(
+                f"{role} {format_gib(int(b * tokens))} GiB ({b:.0f} bytes a token)"
+                for role, b in per_token.items()
+            ),
+        )
+
+
+class ProxyWorker(ProxyWorkerMixin, Worker):
+    """GPU worker on Model Runner V2."""
+
+    def _make_model_runner(self):
+        if not self.use_v2_model_runner:
+            raise UserError(
+                "proxy_vllm on a GPU needs vLLM's Model Runner V2, which an option of this server"
+                " turns off (vLLM's log names it) or VLLM_USE_V2_MODEL_RUNNER=0 does"
+            )
+        from proxy_vllm.runner import ProxyModelRunner
+
+        return ProxyModelRunner(self.vllm_config, self.device)

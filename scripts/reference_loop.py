@@ -1,0 +1,155 @@
+#!/usr/bin/env python
+"""Proxy-tuning as a plain Transformers loop: the independent truth for tests and benchmarks.
+
+Three models, three KV caches, one token at a time, no vLLM and nothing of proxy_vllm:
+
+    logits = base + alpha * (expert - antiexpert)          (Liu et al. 2024, arXiv 2401.08565)
+
+    python scripts/reference_loop.py BASE --expert E --antiexpert A "The first prompt" "A second"
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Prompt = Sequence[int]
+
+
+@dataclass
+class Trio:
+    """The three models, in the order in which the formula names them."""
+
+    base: torch.nn.Module
+    expert: torch.nn.Module
+    antiexpert: torch.nn.Module
+
+    @classmethod
+    def load(cls, base: str, expert: str, antiexpert: str, dtype: torch.dtype) -> "Trio":
+        return cls(
+            *(
+                AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+                for name in (base, expert, antiexpert)
+            )
+        )
+
+    def models(self) -> tuple[torch.nn.Module, ...]:
+        return self.base, self.expert, self.antiexpert
+
+
+def combine(
+    base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor, alpha: float
+) -> torch.Tensor:  # three [..., V_m] -> [..., V] float32
+    """The formula over the columns that all three have; the others keep the base's logit."""
+    width = min(base.shape[-1], expert.shape[-1], antiexpert.shape[-1])
+    logits = base.float().clone()
+    logits[..., :width] += alpha * (expert[..., :width].float() - antiexpert[..., :width].float())
+    return logits
+
+
+def prompts_of(prompt: Prompt | dict[str, Prompt]) -> tuple[Prompt, Prompt, Prompt]:
+    """Token ids for base, expert and antiexpert; one list stands for all three."""
+    if isinstance(prompt, dict):
+        base = prompt["base"]
+        return base, prompt.get("expert", base), prompt.get("antiexpert", base)
+    return prompt, prompt, prompt
+
+
+@torch.inference_mode()
+def greedy(
+    trio: Trio,
+    prompt: Prompt | dict[str, Prompt],
+    max_tokens: int,
+    alpha: float = 1.0,
+    stop_ids: Sequence[int] = (),
+) -> tuple[list[int], list[torch.Tensor]]:
+    """Greedy continuation of one prompt.
+
+    Args:
+        prompt: token ids, or a dictionary of token ids for each role.
+        stop_ids: token ids that end the text; the ending token is kept, as in vLLM.
+
+    Returns:
+        The generated ids, and the combined logits ``[V]`` (float32) that each was taken from.
+    """
+    caches, logits = [], []
+    for model, ids in zip(trio.models(), prompts_of(prompt)):
+        out = model(torch.tensor([list(ids)]), use_cache=True)
+        caches.append(out.past_key_values)
+        logits.append(out.logits[0, -1])
+    tokens, steps = [], []
+    while True:
+        combined = combine(*logits, alpha)
+        steps.append(combined)
+        tokens.append(int(combined.argmax()))
+        if len(tokens) == max_tokens or tokens[-1] in stop_ids:
+            return tokens, steps
+        for i, model in enumerate(trio.models()):
+            out = model(torch.tensor([[tokens[-1]]]), past_key_values=caches[i], use_cache=True)
+            caches[i] = out.past_key_values
+            logits[i] = out.logits[0, -1]
+
+
+@torch.inference_mode()
+def prompt_logits(trio: Trio, ids: Prompt, alpha: float = 1.0) -> torch.Tensor:  # [T, V]
+    """Combined logits after every position of one prompt."""
+    return combine(*(m(torch.tensor([list(ids)])).logits[0] for m in trio.models()), alpha)
+
+
+@torch.inference_mode()
+def greedy_batch(
+    trio: Trio, prompts: Sequence[Prompt], max_tokens: int, alpha: float = 1.0
+) -> list[list[int]]:
+    """Greedy continuation of many prompts at once, left-padded, with KV caches.
+
+    This is how the original implementation generates; benchmarks compare with it. Padding is
+    masked, and positions count from each prompt's first token.
+    """
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    caches: list = [None] * 3
+    produced = []
+    for _ in range(max_tokens):
+        logits = []
+        for i, model in enumerate(trio.models()):
+            out = model(
+                ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=caches[i],
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            caches[i] = out.past_key_values
+            logits.append(out.logits[:, -1])
+        ids = combine(*logits, alpha).argmax(-1, keepdim=True)
+        produced.append(ids)
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        positions = mask.sum(1, keepdim=True) - 1
+    return torch.cat(produced, dim=1).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("base")
+    parser.add_argument("--expert", required=True)
+    parser.add_argument("--antiexpert", required=True)
+    parser.add_argument("--alpha", type=float, default=1.0)
+    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("prompts", nargs="+")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    trio = Trio.load(args.base, args.expert, args.antiexpert, getattr(torch, args.dtype))
+    stop = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    for text in args.prompts:
+        ids, _ = greedy(trio, tokenizer(text).input_ids, args.max_tokens, args.alpha, stop)
+        print(repr(text + tokenizer.decode(ids, skip_special_tokens=True)))
+
+
+if __name__ == "__main__":
+    main()
