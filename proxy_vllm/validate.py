@@ -8,7 +8,7 @@ from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig
+    from vllm.config import ModelConfig
 
 T = TypeVar("T")
 
@@ -67,6 +67,7 @@ def validate_trio(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str, Any]:
     configs = member_configs(kwargs, proxy)
     for role, config in configs.items():
         check_architecture(role, config)
+    check_tensor_parallel(configs, int(kwargs.get("tensor_parallel_size") or 1))
     max_model_len = _fit_length(kwargs.get("max_model_len"), configs)
     if not proxy.allow_tokenizer_mismatch and not kwargs.get("skip_tokenizer_init"):
         check_tokenizers(configs)
@@ -134,10 +135,16 @@ def _fit_length(asked: int | str | None, configs: "dict[str, ModelConfig]") -> i
     return None
 
 
-def check_parallel(configs: "dict[str, ModelConfig]", parallel: "ParallelConfig") -> None:
-    """Refuse a tensor- or pipeline-parallel size that a member cannot be split by."""
+def check_tensor_parallel(configs: "dict[str, ModelConfig]", size: int) -> None:
+    """Refuse a tensor-parallel size by which a member's attention heads cannot be divided."""
     for role, config in configs.items():
-        _reading(role, config.model, lambda c=config: c.verify_with_parallel_config(parallel))
+        heads = config.model_arch_config.total_num_attention_heads
+        kv_heads = config.get_total_num_kv_heads()
+        if heads % size or (kv_heads % size and size % kv_heads):
+            raise UserError(
+                f"{role} {config.model!r} has {heads} attention heads ({kv_heads} for keys and"
+                f" values), which --tensor-parallel-size {size} does not divide"
+            )
 
 
 def check_tokenizers(configs: "dict[str, ModelConfig]") -> None:

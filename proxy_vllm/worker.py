@@ -9,7 +9,7 @@ from proxy_vllm.config import ROLES, ProxyConfig, check_vllm_version
 from proxy_vllm.errors import UserError
 from proxy_vllm.members import kv_bytes_per_token, weight_bytes
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class ProxyWorkerMixin:

@@ -1,0 +1,100 @@
+"""The few options of our own, and how they enter vLLM's: every vLLM option keeps working."""
+
+import argparse
+import json
+from typing import Any
+
+from proxy_vllm.errors import UserError
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("a JSON object is needed, like '{\"dtype\": \"float32\"}'")
+    return value
+
+
+def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the trio to a parser that holds vLLM's engine options."""
+    group = parser.add_argument_group("ProxyConfig", "Proxy-tuning: the members and their strength")
+    group.add_argument("--expert", required=True, help="the small tuned model")
+    group.add_argument("--antiexpert", required=True, help="the small model, untuned")
+    group.add_argument(
+        "--alpha",
+        default=1.0,
+        help="strength of requests that name no proxy_alpha; 0 is the base alone (default: 1.0)",
+    )
+    group.add_argument(
+        "--alpha-range",
+        nargs=2,
+        type=float,
+        default=(-10.0, 10.0),
+        metavar=("LOW", "HIGH"),
+        help="what a request may ask for as proxy_alpha (default: -10 10)",
+    )
+    for role in ("expert", "antiexpert"):
+        group.add_argument(
+            f"--{role}-args",
+            type=_json_object,
+            default={},
+            metavar="JSON",
+            help=f"vLLM ModelConfig fields of the {role} alone, such as"
+            ' \'{"quantization": "fp8", "revision": "main"}\'',
+        )
+    group.add_argument(
+        "--speculative-tokens",
+        type=int,
+        default=None,
+        metavar="K",
+        help="draft K tokens a step with the expert (greedy output stays the same)",
+    )
+    group.add_argument(
+        "--allow-tokenizer-mismatch",
+        action="store_true",
+        help="serve members whose tokenizers disagree on a token id",
+    )
+
+
+def proxy_config(args: argparse.Namespace):
+    """The ``ProxyConfig`` that the parsed options describe."""
+    from proxy_vllm.config import ProxyConfig
+
+    return ProxyConfig(
+        expert=args.expert,
+        antiexpert=args.antiexpert,
+        alpha=args.alpha,
+        alpha_range=tuple(args.alpha_range),
+        expert_args=args.expert_args,
+        antiexpert_args=args.antiexpert_args,
+        allow_tokenizer_mismatch=args.allow_tokenizer_mismatch,
+    )
+
+
+def apply_to_namespace(args: argparse.Namespace) -> None:
+    """Check the trio and write it into vLLM's own options, in place.
+
+    Args:
+        args: what vLLM's parser with ``add_proxy_arguments`` parsed; ``args.model`` is the base.
+
+    Raises:
+        UserError: members that do not fit together or cannot be read.
+    """
+    from proxy_vllm.config import apply_to_engine_args, check_vllm_version
+    from proxy_vllm.plugin import register
+    from proxy_vllm.validate import validate_trio
+
+    check_vllm_version()
+    register()
+    if getattr(args, "model_tag", None):
+        args.model = args.model_tag
+    if not getattr(args, "model", None):
+        raise UserError("a base model is needed: name its folder or hub name first")
+    proxy = proxy_config(args)
+    kwargs = apply_to_engine_args(
+        validate_trio(vars(args), proxy), proxy, speculative_tokens=args.speculative_tokens
+    )
+    for name, value in kwargs.items():
+        setattr(args, name, value)

@@ -1,0 +1,81 @@
+"""Entry point of the `proxy-vllm` command."""
+
+import os
+import sys
+from importlib import import_module
+
+import proxy_vllm
+from proxy_vllm.errors import UserError
+
+# One module a subcommand. Only the one that runs is imported: vLLM's options take seconds to load.
+SUBCOMMANDS = {
+    "serve": "serve a proxy-tuned model over HTTP, with every option of `vllm serve`",
+    "generate": "answer a JSONL file of prompts",
+    "bench": "vLLM's own benchmarks, with the trio filled in",
+    "plan": "tell memory, speed and slowdown of a trio before any download",
+    "demo": "run the embedded trio against its three baselines",
+}
+
+
+def _usage() -> str:
+    width = max(map(len, SUBCOMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in SUBCOMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: proxy-vllm COMMAND ...",
+            "",
+            "Steer a large model with two small ones: base + alpha * (expert - antiexpert).",
+            "",
+            *lines,
+            "",
+            "`proxy-vllm COMMAND --help` tells the options of a command.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one subcommand; a fault that the user can mend is one line and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if argv else 2)
+    if argv[0] in ("-v", "--version"):
+        print(proxy_vllm.__version__)
+        return
+    if argv[0] not in SUBCOMMANDS:
+        _fail(f"no command {argv[0]!r}; there are {', '.join(SUBCOMMANDS)}")
+    try:
+        _run(argv)
+    except UserError as error:
+        _fail(str(error))
+    except ValueError as error:  # vLLM's own refusals of an option
+        if os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG":
+            raise
+        _fail(" ".join(str(error).split()) + " (VLLM_LOGGING_LEVEL=DEBUG shows where)")
+
+
+def _run(argv: list[str]) -> None:
+    from proxy_vllm.config import check_vllm_version
+
+    check_vllm_version()
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="proxy-vllm")
+    subparsers = parser.add_subparsers(required=True, dest="subparser")
+    commands = {c.name: c for c in import_module(f"proxy_vllm.cli.{argv[0]}").cmd_init()}
+    for command in commands.values():
+        command.subparser_init(subparsers).set_defaults(dispatch_function=command.cmd)
+    args = parser.parse_args(argv)
+    commands[args.subparser].validate(args)
+    args.dispatch_function(args)
+
+
+def _fail(message: str) -> None:
+    print(f"proxy-vllm: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

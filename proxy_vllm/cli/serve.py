@@ -1,0 +1,30 @@
+"""`proxy-vllm serve`: `vllm serve` for a proxy-tuned model."""
+
+import argparse
+
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.cli.types import CLISubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from proxy_vllm.cli.arguments import add_proxy_arguments, apply_to_namespace
+
+
+class ProxyServeSubcommand(ServeSubcommand):
+    """Every mode of `vllm serve` (one server, several, data parallel, headless), with the trio."""
+
+    @staticmethod
+    def cmd(args: argparse.Namespace) -> None:
+        apply_to_namespace(args)
+        # Requests with an alpha that cannot run are answered 400 before they reach the engine.
+        args.middleware = [*args.middleware, "proxy_vllm.admission.AdmissionMiddleware"]
+        ServeSubcommand.cmd(args)
+
+    def subparser_init(self, subparsers: argparse._SubParsersAction) -> FlexibleArgumentParser:
+        parser = super().subparser_init(subparsers)
+        parser.usage = "proxy-vllm serve BASE --expert E --antiexpert A [options of vllm serve]"
+        add_proxy_arguments(parser)
+        return parser
+
+
+def cmd_init() -> list[CLISubcommand]:
+    return [ProxyServeSubcommand()]
