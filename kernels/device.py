@@ -1,0 +1,107 @@
+"""Device functions that every kernel of this folder shares.
+
+The Gumbel noise is vLLM's own (``vllm.v1.worker.gpu.sample.gumbel``), imported and never copied, so
+that a token drawn here equals the one vLLM draws from the same logits, seed and position.
+"""
+
+import torch
+from vllm.triton_utils import HAS_TRITON, tl, triton
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_noised_argmax
+
+__all__ = [
+    "combine_tile",
+    "float_key",
+    "gumbel_noised_argmax",
+    "key_float",
+    "require_triton",
+    "row_slot",
+    "scaled_tile",
+]
+
+# Largest finite float32.
+_FLT_MAX = tl.constexpr(3.4028234663852886e38)
+
+
+def require_triton() -> None:
+    """Raises RuntimeError where vLLM found no Triton that can run (vLLM then has placeholders)."""
+    if not HAS_TRITON:
+        raise RuntimeError(
+            "the sampling kernels need Triton with a GPU, or TRITON_INTERPRET=1 on a CPU with a "
+            "'cpu' entry in triton.backends; vLLM found neither at import"
+        )
+
+
+@triton.jit
+def row_slot(row, row_to_request_ptr):
+    """Request slot of a batch row; negative for the padding rows of a captured batch."""
+    if row_to_request_ptr is not None:
+        slot = tl.load(row_to_request_ptr + row).to(tl.int64)
+    else:
+        slot = row.to(tl.int64)
+    return slot
+
+
+@triton.jit
+def float_key(value):
+    """int64 that orders float32 scalars as their values do; both zeros share one key."""
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.float32).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+
+
+@triton.jit
+def key_float(key):
+    """Inverse of float_key."""
+    bits = key.to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def combine_tile(
+    base_row,  # pointer to base[row, 0]
+    expert_row,
+    antiexpert_row,
+    cols,  # [TILE] int
+    vocab_size,
+    num_shared,  # columns that all three members have
+    alpha,  # float32 scalar
+):
+    """base + alpha * (expert - antiexpert) in float32 for one tile of one row.
+
+    Past vocab_size: -inf. See reference.combine for what infinities and NaN do.
+    """
+    base = tl.load(base_row + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32)
+    logits = base
+    if alpha != 0.0:
+        shared = cols < num_shared
+        expert = tl.load(expert_row + cols, mask=shared, other=0.0).to(tl.float32)
+        antiexpert = tl.load(antiexpert_row + cols, mask=shared, other=0.0).to(tl.float32)
+        unknown = (tl.abs(expert) == float("inf")) | (tl.abs(antiexpert) == float("inf"))
+        shift = tl.where(unknown, 0.0, expert - antiexpert)
+        # An explicit fma: left to the compiler, the rounding would differ between kernels.
+        logits = tl.where(base == float("-inf"), base, tl.fma(shift, alpha, base))
+    return logits
+
+
+@triton.jit
+def scaled_tile(
+    base_row,
+    expert_row,
+    antiexpert_row,
+    cols,
+    vocab_size,
+    num_shared,
+    alpha,
+    temperature,
+):
+    """combine_tile over the temperature; NaN becomes -inf, so that no reduction ever meets one."""
+    x = combine_tile(base_row, expert_row, antiexpert_row, cols, vocab_size, num_shared, alpha)
+    x = tl.where(x == x, x, float("-inf"))
+    if temperature != 0.0:
+        # vLLM divides with `/` as well; any other division changes the last bit.
+        x = x / temperature
+    return x
+
+
+def num_shared_columns(base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor) -> int:
+    """Columns of the base that both small members have."""
+    return min(base.shape[1], expert.shape[1], antiexpert.shape[1])

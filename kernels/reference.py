@@ -1,0 +1,186 @@
+"""Plain PyTorch definition of proxy sampling; the ground truth of every kernel in this folder.
+
+Proxy-tuning (Liu et al. 2024, arXiv 2401.08565) shifts the logits of a large base model by the
+difference that tuning made to a small one:
+
+    logits = base + alpha * (expert - antiexpert)
+
+The sampling parameters then apply in vLLM's order: temperature, min-p, top-k, top-p, and the token
+is the argmax of the kept logits plus Gumbel noise keyed by (seed, position, token id).
+
+Written to be read, not to be fast: loops over rows, sorts the vocabulary, float64 by default.
+"""
+
+import torch
+
+_MASK32 = 0xFFFFFFFF
+
+
+def combine(
+    base: torch.Tensor,  # [B, V]
+    expert: torch.Tensor,  # [B, V_e]
+    antiexpert: torch.Tensor,  # [B, V_a]
+    alpha: torch.Tensor,  # [B]
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:  # [B, V]
+    """The shifted logits, all arithmetic in `dtype`.
+
+    - The base decides the vocabulary: columns of the other two beyond V are cut, and where one of
+      them has no column the base's logit stands alone.
+    - An infinite expert or antiexpert logit counts as a missing column.
+    - A base logit of -inf stays -inf.
+    - alpha == 0 gives the base's logits, whatever the other two hold.
+    - Evaluated as written, difference first: equal expert and antiexpert leave the base exactly,
+      and with base == antiexpert and alpha == 1 the expert comes back up to the rounding of one
+      subtraction and one addition (exactly, for bfloat16 logits of like magnitude in float32).
+    - NaN in the base, or in a member that counts, gives NaN.
+    """
+    base = base.to(dtype)
+    shared = min(base.shape[1], expert.shape[1], antiexpert.shape[1])
+    e = expert[:, :shared].to(dtype)
+    a = antiexpert[:, :shared].to(dtype)
+    shift = torch.where(e.isinf() | a.isinf(), torch.zeros_like(e), e - a)
+    logits = base.clone()
+    logits[:, :shared] += alpha.to(dtype)[:, None] * shift
+    keep_base = (alpha == 0)[:, None] | (base == -torch.inf)
+    return torch.where(keep_base, base, logits)
+
+
+def scaled(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """[B, V] logits over the temperature [B]; greedy rows unscaled, NaN made -inf."""
+    logits = torch.where(logits.isnan(), torch.full_like(logits, -torch.inf), logits)
+    divisor = torch.where(temperature == 0, torch.ones_like(temperature), temperature)
+    return logits / divisor.to(logits.dtype)[:, None]
+
+
+def kept_row(
+    x: torch.Tensor,  # [V], temperature applied
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> torch.Tensor:  # [V] bool
+    """Tokens that survive min-p, then top-k, then top-p (0, -1 or >= V: no top-k).
+
+    min-p keeps x >= max(x) + log(min_p). Top-k keeps everything at least as large as the k-th
+    largest, ties included. Top-p keeps a token when the probability of all strictly larger ones,
+    among what top-k left, is below top_p: the first is always kept, ties stay together. vLLM's
+    sort-based version keeps the same set except that among equal logits the sort decides.
+    """
+    threshold = torch.tensor(-torch.inf, dtype=x.dtype)
+    if min_p > 0:
+        threshold = torch.maximum(threshold, x.max() + torch.log(torch.tensor(min_p)).to(x.dtype))
+    if 0 < top_k < x.shape[0]:
+        threshold = torch.maximum(threshold, torch.sort(x, descending=True).values[top_k - 1])
+    kept = x >= threshold
+    if top_p < 1 and x.max() > -torch.inf:
+        weight = torch.where(x == x.max(), torch.ones_like(x), torch.exp(x - x.max()))
+        weight = torch.where(kept, weight, torch.zeros_like(x))
+        values, order = torch.sort(x, descending=True)
+        cumulative = torch.cumsum(weight[order], 0)
+        # Mass of strictly larger tokens: the cumulative sum before the first of equal values.
+        first = torch.searchsorted(-values, -values)
+        larger = torch.cat([torch.zeros(1, dtype=x.dtype), cumulative])[first]
+        inside = torch.empty_like(kept)
+        inside[order] = (larger < top_p * cumulative[-1]) | (first == 0)
+        kept = kept & inside
+    return kept
+
+
+def murmur3_uniform(seed: int, position: int, token_ids: torch.Tensor) -> torch.Tensor:
+    """vLLM's float32 uniform of (seed, position, token id), as float64; murmur3_uniform32 there.
+
+    murmur3_32 over the little-endian words seed low, seed high, position low, token id.
+    """
+
+    def rotl(value, shift):
+        return ((value << shift) | (value >> (32 - shift))) & _MASK32
+
+    def mix(h, key):
+        key = (key * 0xCC9E2D51) & _MASK32
+        key = (rotl(key, 15) * 0x1B873593) & _MASK32
+        return (rotl(h ^ key, 13) * 5 + 0xE6546B64) & _MASK32
+
+    h = 0
+    for word in (seed & _MASK32, (seed >> 32) & _MASK32, position & _MASK32):
+        h = mix(h, word)
+    h = mix(h, token_ids.to(torch.int64) & _MASK32) ^ 16
+    h = h ^ (h >> 16)
+    h = (h * 0x85EBCA6B) & _MASK32
+    h = h ^ (h >> 13)
+    h = (h * 0xC2B2AE35) & _MASK32
+    h = h ^ (h >> 16)
+    return ((h.to(torch.float64) + 0.5) * 2.0**-32).to(torch.float32).to(torch.float64)
+
+
+def gumbel_noise(seed: int, position: int, token_ids: torch.Tensor) -> torch.Tensor:
+    """float64 -log(-log(1 - u)) of vLLM's uniform; 1 - u is at least 2**-24, as there."""
+    u = murmur3_uniform(seed, position, token_ids)
+    survival = torch.clamp(1.0 - u, min=2.0**-24)
+    log1m = torch.where(u < 0.25, torch.log1p(-u), torch.log(survival))
+    return -torch.log(-log1m)
+
+
+def scores(
+    base: torch.Tensor,
+    expert: torch.Tensor,
+    antiexpert: torch.Tensor,
+    alpha: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    row_to_request: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:  # [B, V]
+    """What proxy_sample takes the argmax of: -inf where a filter drops the token."""
+    rows = torch.arange(base.shape[0])
+    slots = rows if row_to_request is None else row_to_request.long()
+    temp = temperature[slots]
+    x = scaled(combine(base, expert, antiexpert, alpha[slots], dtype), temp)
+    token_ids = torch.arange(x.shape[1])
+    out = x.clone()
+    for row, slot in enumerate(slots.tolist()):
+        if temp[row] == 0:
+            continue
+        kept = kept_row(
+            x[row],
+            0 if top_k is None else int(top_k[slot]),
+            1.0 if top_p is None else float(top_p[slot]),
+            0.0 if min_p is None else float(min_p[slot]),
+        )
+        noise = gumbel_noise(int(seeds[slot]), int(positions[row]), token_ids).to(dtype)
+        out[row] = torch.where(kept, x[row] + noise, torch.full_like(noise, -torch.inf))
+    return out
+
+
+def sample(*args, **kwargs) -> torch.Tensor:
+    """Token ids [B] int64; the arguments of scores(). Lowest index on ties."""
+    return scores(*args, **kwargs).argmax(dim=-1)
+
+
+def probabilities(
+    base: torch.Tensor,
+    expert: torch.Tensor,
+    antiexpert: torch.Tensor,
+    alpha: torch.Tensor,
+    temperature: torch.Tensor,
+    *,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:  # [B, V]
+    """Distribution that proxy_sample draws from; one row a request, temperature above 0."""
+    x = scaled(combine(base, expert, antiexpert, alpha, dtype), temperature)
+    for row in range(x.shape[0]):
+        kept = kept_row(
+            x[row],
+            0 if top_k is None else int(top_k[row]),
+            1.0 if top_p is None else float(top_p[row]),
+            0.0 if min_p is None else float(min_p[row]),
+        )
+        x[row] = torch.where(kept, x[row], torch.full_like(x[row], -torch.inf))
+    return torch.softmax(x, dim=-1)

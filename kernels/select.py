@@ -1,0 +1,455 @@
+"""Exact top-k and top-p thresholds without sorting, one row spread over many programs.
+
+A stage looks for the largest value t with H(t) >= target, where H(v) sums a weight over the
+logits >= v: the weight 1 and the target k for top-k; exp(logit - max) in fixed point and
+p * H(everything) for top-p. {logit >= t} is the kept set, ties included.
+
+Each round is one launch over a [rows, tiles] grid. Every program first advances its row's bracket
+from the sums of the round before (all programs of a row compute the same), then measures H at
+NUM_PIVOTS values inside the bracket for its own tile. Weights are integers, so sums are exact in
+any order and the result does not depend on tiling, batch or shards. Tiles without a logit inside
+the bracket are not read again. `finish_kernel` ends what the rounds left open.
+
+Thresholds and brackets are float32 values as order-preserving integers (device.float_key).
+"""
+
+import torch
+from vllm.triton_utils import tl, triton
+
+from proxy_vllm.kernels.device import _FLT_MAX, float_key, key_float, row_slot
+
+# Fields of a row's state: the bracket LO <= t < HI as keys, the target of H, H(HI), and whether LO
+# is the answer.
+STATE_FIELDS = 5
+_FIELDS = tl.constexpr(STATE_FIELDS)
+_LO = tl.constexpr(0)
+_HI = tl.constexpr(1)
+_TARGET = tl.constexpr(2)
+_ABOVE = tl.constexpr(3)
+_DONE = tl.constexpr(4)
+
+# exp(x - max) in units of 2**-44: a row of up to 2**19 logits sums within int64.
+_MASS_UNIT = tl.constexpr(17592186044416.0)
+MAX_VOCAB = 1 << 19
+# Below max - 31 a mass is zero units.
+_MASS_RANGE = tl.constexpr(31.0)
+
+
+@triton.jit
+def row_max(tile_max_ptr, row, num_tiles, TILES: tl.constexpr):
+    tiles = tl.arange(0, TILES)
+    values = tl.load(
+        tile_max_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf")
+    )
+    return tl.max(values, axis=0)
+
+
+@triton.jit
+def row_min(tile_min_ptr, row, num_tiles, TILES: tl.constexpr):
+    tiles = tl.arange(0, TILES)
+    values = tl.load(
+        tile_min_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("inf")
+    )
+    return tl.min(values, axis=0)
+
+
+@triton.jit
+def row_filters(slot, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size):
+    """(temperature, top_k or 0, top_p or 1, min_p or 0); greedy and padding rows have no filter."""
+    valid = slot >= 0
+    temperature = tl.load(temperature_ptr + slot, mask=valid, other=0.0).to(tl.float32)
+    random = valid & (temperature != 0.0)
+    top_k = tl.zeros((), dtype=tl.int32)
+    top_p = tl.full((), 1.0, dtype=tl.float32)
+    min_p = tl.zeros((), dtype=tl.float32)
+    if top_k_ptr is not None:
+        top_k = tl.load(top_k_ptr + slot, mask=random, other=0).to(tl.int32)
+        top_k = tl.where((top_k > 0) & (top_k < vocab_size), top_k, 0)
+    if top_p_ptr is not None:
+        top_p = tl.load(top_p_ptr + slot, mask=random, other=1.0).to(tl.float32)
+    if min_p_ptr is not None:
+        min_p = tl.load(min_p_ptr + slot, mask=random, other=0.0).to(tl.float32)
+    return temperature, top_k, top_p, min_p
+
+
+@triton.jit
+def min_p_threshold(maximum, min_p):
+    """Smallest logit that min-p keeps; -inf when it is off."""
+    threshold = maximum + tl.log(tl.where(min_p > 0.0, min_p, 1.0))
+    return tl.where(min_p > 0.0, threshold, float("-inf"))
+
+
+@triton.jit
+def _first_bracket(lower_key, maximum, minimum, top_k, top_p, MASS: tl.constexpr):
+    """State before any measurement; whether H(LO) reaches the target is still to be measured."""
+    hi = float_key(maximum) + 1
+    if MASS:
+        active = top_p < 1.0
+        lo = float_key(maximum - _MASS_RANGE)
+        target = tl.zeros((), dtype=tl.int64)
+    else:
+        active = top_k > 0
+        lo = float_key(minimum)
+        target = top_k.to(tl.int64)
+    active = active & (maximum > float("-inf"))
+    lo = tl.where(active, tl.minimum(tl.maximum(lo, lower_key), hi - 1), lower_key)
+    done = (active & (lo + 1 < hi)) == 0
+    return lo, hi, target, tl.zeros((), dtype=tl.int64), done.to(tl.int64)
+
+
+@triton.jit
+def _pivots(lo, hi, FIRST: tl.constexpr, BY_KEY: tl.constexpr, NUM_PIVOTS: tl.constexpr):
+    """[NUM_PIVOTS] float32 values within [lo, hi), evenly spaced in value or in key.
+
+    The first measurement needs H(lo) itself; later ones know it and use inner values alone.
+    """
+    j = tl.arange(0, NUM_PIVOTS)
+    if BY_KEY:
+        if FIRST:
+            keys = lo + (hi - lo) * j // NUM_PIVOTS
+        else:
+            keys = lo + (hi - lo) * (j + 1) // (NUM_PIVOTS + 1)
+        values = key_float(keys)
+    else:
+        low = tl.maximum(key_float(lo), -_FLT_MAX)
+        high = tl.minimum(key_float(hi - 1), _FLT_MAX)
+        if FIRST:
+            part = j.to(tl.float32) / NUM_PIVOTS
+        else:
+            part = (j + 1).to(tl.float32) / (NUM_PIVOTS + 1)
+        values = tl.minimum(tl.maximum(low * (1.0 - part) + high * part, low), high)
+    return values
+
+
+@triton.jit
+def _advance(
+    lo,
+    hi,
+    target,
+    above,
+    done,
+    lower_key,
+    pivots,  # [NUM_PIVOTS] float32
+    totals,  # [NUM_PIVOTS] int64, weight of the row's logits in [pivot, hi)
+    smallest,  # smallest and largest logit of the row in [lo, hi)
+    largest,
+    top_p,
+    FIRST: tl.constexpr,
+    MASS: tl.constexpr,
+):
+    """The bracket after a measurement. Only for rows that are not done."""
+    totals += above
+    if FIRST:
+        everything = tl.max(totals, axis=0)
+        if MASS:
+            target = tl.ceil(top_p.to(tl.float64) * everything.to(tl.float64)).to(tl.int64)
+    enough = totals >= target
+    keys = float_key(pivots)
+    at_lo = tl.min(tl.where(enough, totals, 0x7FFFFFFFFFFFFFFF), axis=0)
+    above = tl.maximum(above, tl.max(tl.where(enough, 0, totals), axis=0))
+    lo = tl.maximum(lo, tl.max(tl.where(enough, keys, lo), axis=0))
+    hi = tl.minimum(hi, tl.min(tl.where(enough, hi, keys), axis=0))
+    # No logit lies between the bracket's ends and the outermost logits inside it.
+    found = smallest <= largest
+    lo = tl.where(found, tl.maximum(lo, float_key(smallest)), lo)
+    hi = tl.where(found, tl.minimum(hi, float_key(largest) + 1), hi)
+    finished = lo + 1 >= hi
+    if not MASS:
+        finished = finished | (at_lo == target)
+        if FIRST:
+            # Fewer than k logits are left: top-k keeps them all.
+            lo = tl.where(everything < target, lower_key, lo)
+            finished = finished | (everything < target)
+    return lo, hi, target, above, finished.to(tl.int64)
+
+
+@triton.jit
+def _measure(x, pivots, lo, hi, maximum, MASS: tl.constexpr):
+    """Weights in [pivot, hi), smallest and largest logit in [lo, hi), over one tile."""
+    inside = (x >= key_float(lo)) & (x <= key_float(hi - 1))
+    if MASS:
+        mass = tl.where(x == maximum, 1.0, tl.exp(x - maximum))
+        weight = tl.where(inside, (mass * _MASS_UNIT).to(tl.int64), 0)
+    else:
+        weight = inside.to(tl.int64)
+    above = x[None, :] >= pivots[:, None]
+    totals = tl.sum(tl.where(above, weight[None, :], 0), axis=1)
+    smallest = tl.min(tl.where(inside, x, float("inf")), axis=0)
+    largest = tl.max(tl.where(inside, x, float("-inf")), axis=0)
+    return totals, smallest, largest
+
+
+@triton.jit
+def _load_state(state_ptr, row):
+    field = state_ptr + row * _FIELDS
+    return (
+        tl.load(field + _LO),
+        tl.load(field + _HI),
+        tl.load(field + _TARGET),
+        tl.load(field + _ABOVE),
+        tl.load(field + _DONE),
+    )
+
+
+@triton.jit
+def _store_state(state_ptr, row, lo, hi, target, above, done):
+    field = state_ptr + row * _FIELDS
+    tl.store(field + _LO, lo)
+    tl.store(field + _HI, hi)
+    tl.store(field + _TARGET, target)
+    tl.store(field + _ABOVE, above)
+    tl.store(field + _DONE, done)
+
+
+@triton.jit
+def _row_totals(
+    totals_ptr, ends_ptr, row, num_parts, PARTS: tl.constexpr, NUM_PIVOTS: tl.constexpr
+):
+    """One row's measurement, summed over its tiles (or, sharded, taken as summed already)."""
+    parts = row * num_parts + tl.arange(0, PARTS)
+    inside = tl.arange(0, PARTS) < num_parts
+    totals = tl.load(
+        totals_ptr + (parts * NUM_PIVOTS)[:, None] + tl.arange(0, NUM_PIVOTS)[None, :],
+        mask=inside[:, None],
+        other=0,
+    )
+    smallest = tl.load(ends_ptr + parts * 2, mask=inside, other=float("inf"))
+    largest = tl.load(ends_ptr + parts * 2 + 1, mask=inside, other=float("-inf"))
+    return tl.sum(totals, axis=0), tl.min(smallest, axis=0), tl.max(largest, axis=0)
+
+
+@triton.jit
+def _lower_key(lower_state_ptr, row, maximum, min_p):
+    """Where the stage starts: the threshold of the stage before, or that of min-p."""
+    if lower_state_ptr is not None:
+        key = tl.load(lower_state_ptr + row * _FIELDS + _LO)
+    else:
+        key = float_key(min_p_threshold(maximum, min_p))
+    return key
+
+
+@triton.jit
+def round_kernel(
+    x_ptr,  # [B, V] float32, scaled logits of the rows that have a filter
+    x_stride,
+    state_in_ptr,  # [B, STATE_FIELDS] int64, brackets of the round before (None in the first)
+    totals_in_ptr,  # [B, num_parts, NUM_PIVOTS] int64, what that round measured
+    ends_in_ptr,  # [B, num_parts, 2] float32
+    own_totals_ptr,  # [B, num_tiles, NUM_PIVOTS], this device's share of it
+    own_ends_ptr,
+    state_out_ptr,
+    totals_out_ptr,
+    ends_out_ptr,
+    lower_state_ptr,  # final state of the stage before, or None
+    row_max_ptr,  # [B, num_stats] float32
+    row_min_ptr,
+    row_to_request_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    num_cols,  # columns of x
+    vocab_size,  # columns of all shards together
+    num_parts,
+    num_stats,
+    ROUND: tl.constexpr,
+    MASS: tl.constexpr,
+    BY_KEY: tl.constexpr,
+    NUM_PIVOTS: tl.constexpr,
+    TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    num_tiles = tl.num_programs(1)
+    slot = row_slot(row, row_to_request_ptr)
+    _, top_k, top_p, min_p = row_filters(
+        slot, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size
+    )
+    maximum = row_max(row_max_ptr, row, num_stats, STATS)
+    lower_key = _lower_key(lower_state_ptr, row, maximum, min_p)
+    own = (row * num_tiles + tile) * NUM_PIVOTS + tl.arange(0, NUM_PIVOTS)
+    own_ends = (row * num_tiles + tile) * 2
+    empty = False
+    if ROUND == 0:
+        minimum = row_min(row_min_ptr, row, num_stats, STATS)
+        lo, hi, target, above, done = _first_bracket(
+            lower_key, maximum, minimum, top_k, top_p, MASS
+        )
+    else:
+        lo, hi, target, above, done = _load_state(state_in_ptr, row)
+        if done == 0:
+            pivots = _pivots(lo, hi, ROUND == 1, BY_KEY, NUM_PIVOTS)
+            totals, smallest, largest = _row_totals(
+                totals_in_ptr, ends_in_ptr, row, num_parts, PARTS, NUM_PIVOTS
+            )
+            lo, hi, target, above, done = _advance(
+                lo, hi, target, above, done, lower_key, pivots, totals, smallest, largest,
+                top_p, ROUND == 1, MASS,
+            )  # fmt: skip
+            # Of this tile, nothing that weighs lies inside the new bracket: no need to read it.
+            mine = tl.load(own_totals_ptr + own)
+            upward = float_key(pivots) <= lo
+            at_lo = tl.min(tl.where(upward, mine, 0x7FFFFFFFFFFFFFFF), axis=0)
+            at_hi = tl.max(tl.where(float_key(pivots) >= hi, mine, 0), axis=0)
+            empty = at_lo == at_hi
+            empty = empty | (float_key(tl.load(own_ends_ptr + own_ends)) >= hi)
+            empty = empty | (float_key(tl.load(own_ends_ptr + own_ends + 1)) < lo)
+    if tile == 0:
+        _store_state(state_out_ptr, row, lo, hi, target, above, done)
+    if done != 0:
+        return
+    totals = tl.zeros((NUM_PIVOTS,), dtype=tl.int64)
+    smallest = float("inf")
+    largest = float("-inf")
+    if not empty:
+        cols = tile * TILE + tl.arange(0, TILE)
+        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < num_cols, other=float("-inf"))
+        pivots = _pivots(lo, hi, ROUND == 0, BY_KEY, NUM_PIVOTS)
+        totals, smallest, largest = _measure(x, pivots, lo, hi, maximum, MASS)
+    tl.store(totals_out_ptr + own, totals)
+    tl.store(ends_out_ptr + own_ends, smallest)
+    tl.store(ends_out_ptr + own_ends + 1, largest)
+
+
+@triton.jit
+def finish_kernel(
+    x_ptr,
+    x_stride,
+    state_ptr,  # [B, STATE_FIELDS] of the last round; the answers on return
+    totals_ptr,  # [B, num_tiles, NUM_PIVOTS]
+    ends_ptr,  # [B, num_tiles, 2]
+    lower_state_ptr,
+    row_max_ptr,  # [B, num_tiles]
+    row_to_request_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    num_cols,
+    num_tiles,
+    LAST_ROUND: tl.constexpr,
+    MASS: tl.constexpr,
+    NUM_PIVOTS: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Searches on, one program a row, where the rounds have not closed the bracket.
+
+    Pivots evenly spaced in key end any search within 32 / log2(NUM_PIVOTS + 1) + 1 turns.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    lo, hi, target, above, done = _load_state(state_ptr, row)
+    if done != 0:
+        return
+    slot = row_slot(row, row_to_request_ptr)
+    _, _, top_p, min_p = row_filters(
+        slot, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, num_cols
+    )
+    maximum = row_max(row_max_ptr, row, num_tiles, TILES)
+    lower_key = _lower_key(lower_state_ptr, row, maximum, min_p)
+    pivots = _pivots(lo, hi, LAST_ROUND == 0, False, NUM_PIVOTS)
+    totals, smallest, largest = _row_totals(totals_ptr, ends_ptr, row, num_tiles, TILES, NUM_PIVOTS)
+    lo, hi, target, above, done = _advance(
+        lo, hi, target, above, done, lower_key, pivots, totals, smallest, largest,
+        top_p, LAST_ROUND == 0, MASS,
+    )  # fmt: skip
+    tiles = tl.arange(0, TILES)
+    ends = ends_ptr + (row * num_tiles + tiles) * 2
+    tile_smallest = tl.load(ends, mask=tiles < num_tiles, other=float("inf"))
+    tile_largest = tl.load(ends + 1, mask=tiles < num_tiles, other=float("-inf"))
+    while done == 0:
+        pivots = _pivots(lo, hi, False, True, NUM_PIVOTS)
+        totals = tl.zeros((NUM_PIVOTS,), dtype=tl.int64)
+        smallest = float("inf")
+        largest = float("-inf")
+        left = (tile_smallest <= key_float(hi - 1)) & (tile_largest >= key_float(lo))
+        left = left.to(tl.int32)
+        while tl.max(left, axis=0) > 0:
+            tile = tl.argmax(left, axis=0)
+            left = tl.where(tiles == tile, 0, left)
+            cols = tile * TILE + tl.arange(0, TILE)
+            x = tl.load(x_ptr + row * x_stride + cols, mask=cols < num_cols, other=float("-inf"))
+            more, low, high = _measure(x, pivots, lo, hi, maximum, MASS)
+            totals += more
+            smallest = tl.minimum(smallest, low)
+            largest = tl.maximum(largest, high)
+        lo, hi, target, above, done = _advance(
+            lo, hi, target, above, done, lower_key, pivots, totals, smallest, largest,
+            top_p, False, MASS,
+        )  # fmt: skip
+    _store_state(state_ptr, row, lo, hi, target, above, done)
+
+
+def find_thresholds(
+    x: torch.Tensor,  # [B, V] float32 scratch
+    stage: str,  # "count" (top-k) or "mass" (top-p)
+    lower_state: torch.Tensor | None,  # [B, STATE_FIELDS] of the stage before
+    tile_max: torch.Tensor,  # [B, num_tiles]
+    tile_min: torch.Tensor,
+    parameters: tuple[torch.Tensor | None, ...],
+    tile: int,
+    num_pivots: int,
+    num_rounds: int,
+) -> torch.Tensor:
+    """State [B, STATE_FIELDS] int64 whose field 0 is the key of every row's threshold.
+
+    `parameters`: row_to_request, temperature, top_k, top_p, min_p. Rows without the stage's filter
+    take over the threshold of the stage before.
+    """
+    num_rows, vocab_size = x.shape
+    num_tiles = tile_max.shape[1]
+    tiles = triton.next_power_of_2(num_tiles)
+    mass = stage == "mass"
+    state = x.new_empty((2, num_rows, STATE_FIELDS), dtype=torch.int64)
+    totals = x.new_empty((2, num_rows, num_tiles, num_pivots), dtype=torch.int64)
+    ends = x.new_empty((2, num_rows, num_tiles, 2))
+    for index in range(num_rounds):
+        old, new = (index + 1) % 2, index % 2
+        round_kernel[(num_rows, num_tiles)](
+            x,
+            x.stride(0),
+            state[old],
+            totals[old],
+            ends[old],
+            totals[old],
+            ends[old],
+            state[new],
+            totals[new],
+            ends[new],
+            lower_state,
+            tile_max,
+            tile_min,
+            *parameters,
+            vocab_size,
+            vocab_size,
+            num_tiles,
+            num_tiles,
+            ROUND=min(index, 2),
+            MASS=mass,
+            BY_KEY=False,
+            NUM_PIVOTS=num_pivots,
+            TILE=tile,
+            PARTS=tiles,
+            STATS=tiles,
+        )
+    last = (num_rounds - 1) % 2
+    finish_kernel[(num_rows,)](
+        x,
+        x.stride(0),
+        state[last],
+        totals[last],
+        ends[last],
+        lower_state,
+        tile_max,
+        *parameters,
+        vocab_size,
+        num_tiles,
+        LAST_ROUND=min(num_rounds - 1, 1),
+        MASS=mass,
+        NUM_PIVOTS=num_pivots,
+        TILE=tile,
+        TILES=tiles,
+    )
+    return state[last]
