@@ -62,7 +62,8 @@ def validate_trio(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str, Any]:
         ):
             continue
         raise UserError(
-            f"{name}={value!r} is not supported by a proxy-tuned model" + (f": {why}" if why else "")
+            f"{name}={value!r} is not supported by a proxy-tuned model"
+            + (f": {why}" if why else "")
         )
     configs = member_configs(kwargs, proxy)
     for role, config in configs.items():

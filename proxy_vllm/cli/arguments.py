@@ -13,7 +13,7 @@ def _json_object(text: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("a JSON object is needed, like '{\"dtype\": \"float32\"}'")
+        raise argparse.ArgumentTypeError('a JSON object is needed, like \'{"dtype": "float32"}\'')
     return value
 
 
