@@ -1,4 +1,4 @@
-"""Package definition. Tool settings live in pyproject.toml, pinned environments in requirements/."""
+"""Package definition. Tool settings: pyproject.toml; pinned environments: requirements/."""
 
 from pathlib import Path
 
@@ -14,13 +14,19 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.15",
-    packages=find_packages(include=["proxy_vllm", "proxy_vllm.*"])
     # `proxy_vllm/kernels` is a symlink to the top-level `kernels/` folder, which has no
     # `__init__.py` (a top-level package named `kernels` would shadow Hugging Face's), so
     # setuptools does not find it by itself.
-    + ["proxy_vllm.kernels"],
+    packages=[*find_packages(include=["proxy_vllm", "proxy_vllm.*"]), "proxy_vllm.kernels"],
     include_package_data=True,
-    package_data={"proxy_vllm": ["py.typed", "demo/models/*/*", "demo/models/*"]},
+    package_data={
+        "proxy_vllm": [
+            "py.typed",
+            "demo/models/*",
+            "demo/models/*/*",
+            "cpu_interpreter/*/*",
+        ]
+    },
     install_requires=["torch", "triton>=3.6", "transformers", "msgspec", "numpy", "tqdm"],
     extras_require={
         "cuda": [f"vllm=={VLLM_VERSION}"],

@@ -56,9 +56,7 @@ class AdmissionMiddleware:
             return
         xargs = request.get(_XARGS)
         if ALPHA_KEY in request and not (isinstance(xargs, dict) and ALPHA_KEY in xargs):
-            raise UserError(
-                f"{ALPHA_KEY} belongs in {_XARGS}: {{{_XARGS!r}: {{{ALPHA_KEY!r}: ...}}}}"
-            )
+            raise UserError(f'{ALPHA_KEY} belongs in {_XARGS}: {{"{ALPHA_KEY}": ...}}')
         if isinstance(xargs, dict):
             ProxyConfig.from_vllm_config(vllm_config).alpha_of(xargs)
 

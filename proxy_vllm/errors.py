@@ -1,4 +1,4 @@
-"""Errors that a user can mend: the command line shows their text as one line, without a traceback."""
+"""Errors that a user can mend: the command line shows their text alone, without a traceback."""
 
 
 class UserError(ValueError):

@@ -25,5 +25,7 @@ def worker_alpha(proxy: ProxyConfig, params: "SamplingParams | None") -> float:
     except UserError as error:
         from vllm.logger import init_logger
 
-        init_logger(f"vllm.{__name__}").error("%s; this request runs with alpha %g", error, proxy.alpha)
+        init_logger(f"vllm.{__name__}").error(
+            "%s; this request runs with alpha %g", error, proxy.alpha
+        )
         return proxy.alpha
