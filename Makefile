@@ -1,0 +1,44 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-v1 test-v2 lint types setup clean
+
+demo: setup
+	$(BIN)/proxy-vllm demo
+
+test: setup test-v1 test-v2
+
+# The runner is chosen when Triton is imported, so the suite runs in two processes.
+test-v1: setup
+	$(BIN)/python -m pytest tests --ignore=tests/kernels
+
+test-v2: setup
+	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/kernels tests/e2e
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy proxy_vllm
+
+setup: $(VENV)/.done
+
+# The stamp holds the lock it was made from: a second run re-uses the environment, a changed lock
+# brings it up to date.
+$(VENV)/.done: requirements/cpu.lock setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps "torch==$(TORCH)+cpu" \
+	  || $(BIN)/python -m pip install --quiet --no-deps --index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)+cpu"
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
