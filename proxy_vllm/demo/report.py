@@ -1,0 +1,119 @@
+"""From marked answers to numbers: accuracies, gap closed with its interval, table, JSON."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from proxy_vllm.demo.problems import Problem, is_right
+from proxy_vllm.errors import UserError
+
+# Column order of the table, and the keys of the JSON file.
+SYSTEMS = {
+    "base": "base",
+    "expert": "expert alone",
+    "proxy": "proxy-tuned",
+    "tuned": "directly tuned",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Answers of the four systems to the same problems, by system name."""
+
+    problems: Sequence[Problem]
+    answers: dict[str, list[str]]
+    alpha: float
+
+    def right(self, system: str) -> np.ndarray:  # [n] float64, 0 or 1
+        texts = self.answers[system]
+        marks = [is_right(p, t) for p, t in zip(self.problems, texts, strict=True)]
+        return np.asarray(marks, dtype=np.float64)
+
+    def accuracy(self, system: str, rude: bool | None = None) -> float:
+        """Share answered rightly, of all problems or of the rude or kind ones (nan if none)."""
+        chosen = [rude is None or p.rude == rude for p in self.problems]
+        marks = self.right(system)[np.asarray(chosen)]
+        return float(marks.mean()) if marks.size else float("nan")
+
+    def gap_closed(self) -> float | None:
+        """(proxy - base) / (tuned - base); None where base and tuned are equally good."""
+        base, proxy, tuned = (self.accuracy(s) for s in ("base", "proxy", "tuned"))
+        return (proxy - base) / (tuned - base) if tuned != base else None
+
+    def gap_closed_interval(
+        self, resamples: int = 2000, seed: int = 0
+    ) -> tuple[float, float] | None:
+        """95 % percentile bootstrap over problems, the three systems resampled together."""
+        marks = np.stack([self.right(s) for s in ("base", "proxy", "tuned")])  # [3, n]
+        rng = np.random.default_rng(seed)
+        drawn = rng.integers(marks.shape[1], size=(resamples, marks.shape[1]))
+        base, proxy, tuned = marks[:, drawn].mean(-1)  # each [resamples]
+        valid = tuned != base
+        if not valid.any():
+            return None
+        low, high = np.percentile(
+            (proxy[valid] - base[valid]) / (tuned[valid] - base[valid]), (2.5, 97.5)
+        )
+        return float(low), float(high)
+
+    def samples(self, count: int = 3) -> list[int]:
+        """Indices to show: kind questions first where the systems disagree, and one rude one."""
+        kind = [i for i, p in enumerate(self.problems) if not p.rude]
+        rude = [i for i, p in enumerate(self.problems) if p.rude][:1]
+        return (kind[: count - len(rude)] + rude)[:count]
+
+    def as_dict(self) -> dict:
+        interval = self.gap_closed_interval()
+        return {
+            **{system: self.accuracy(system) for system in SYSTEMS},
+            "gap_closed": self.gap_closed(),
+            "gap_closed_ci95": list(interval) if interval else None,
+            "n": len(self.problems),
+            "alpha": self.alpha,
+        }
+
+
+def write_json(path: Path, numbers: dict) -> None:
+    """Write the numbers. Raises `UserError` where the file cannot be written."""
+    try:
+        path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def show(report: Report) -> None:
+    """Print the table of accuracies and three sample answers side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{len(report.problems)} held-out problems, greedy")
+    table.add_column("")
+    for heading in ("accuracy", "kind questions", "rude questions"):
+        table.add_column(heading, justify="right")
+    for system, label in SYSTEMS.items():
+        shares = (report.accuracy(system, rude) for rude in (None, False, True))
+        table.add_row(label, *(f"{share:.3f}" for share in shares))
+    console.print(table)
+
+    gap, interval = report.gap_closed(), report.gap_closed_interval()
+    if gap is None or interval is None:
+        console.print("gap closed: undefined, base and directly tuned are equally good")
+    else:
+        console.print(
+            f"gap closed = (proxy - base) / (tuned - base) = {gap:.3f} "
+            f"(95 % bootstrap interval {interval[0]:.3f} to {interval[1]:.3f}), "
+            f"alpha {report.alpha:g}"
+        )
+
+    table = Table(title="sample answers", show_lines=True)
+    for heading in ("question", *SYSTEMS.values()):
+        table.add_column(heading, overflow="fold")
+    for index in report.samples():
+        problem = report.problems[index]
+        cells = (report.answers[system][index].strip() for system in SYSTEMS)
+        table.add_row(f"{problem.question}\n(wanted: {problem.answer})", *cells)
+    console.print(table, markup=False)

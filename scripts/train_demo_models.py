@@ -1,0 +1,114 @@
+"""Train the demo's four models (base, antiexpert, expert, tuned) from generated text on a CPU.
+
+    python scripts/train_demo_models.py --out proxy_vllm/demo/models
+
+Settings were chosen on the dev split (`--split dev`); the test split is for the final report.
+"""
+
+import argparse
+import copy
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from demo_training.evaluate import accuracy, answers
+from demo_training.training import (
+    Recipe,
+    new_model,
+    pretrain,
+    pretraining_blocks,
+    save,
+    train_tokenizer,
+    tune,
+)
+
+from proxy_vllm.demo.problems import make_problems
+
+
+def train(recipe: Recipe, seed: int, say) -> dict:
+    """The four models, float32 on the CPU, and the tokenizer they share, by role."""
+    tokenizer = train_tokenizer(seed)
+    blocks = pretraining_blocks(tokenizer, recipe, seed)
+    say(f"{blocks.numel()} tokens of text")
+    made = {"tokenizer": tokenizer}
+    for role, tuned_role, shape, lr, tune_lr in (
+        ("antiexpert", "expert", recipe.small_shape, recipe.small_lr, recipe.small_tune_lr),
+        ("base", "tuned", recipe.base_shape, recipe.base_lr, recipe.base_tune_lr),
+    ):
+        model = new_model(tokenizer, shape, seed)
+        say(f"{role}: {model.num_parameters()} parameters")
+        pretrain(model, blocks, recipe, lr, lambda text, role=role: say(f"{role}: {text}"))
+        made[role], made[tuned_role] = model, copy.deepcopy(model)
+        tune(
+            made[tuned_role],
+            tokenizer,
+            recipe,
+            tune_lr,
+            seed,
+            lambda text, role=tuned_role: say(f"{role}: {text}"),
+        )
+    return made
+
+
+def measure(made: dict, split: str, n: int) -> dict[str, dict[str, float]]:
+    """Greedy accuracies of the rounded weights as float32 models, proxy at alpha 1."""
+    problems = make_problems(split, n)
+    tokenizer = made["tokenizer"]
+    roles = {role: [(1.0, made[role])] for role in ("base", "expert", "antiexpert", "tuned")}
+    roles["proxy"] = [(1.0, made["base"]), (1.0, made["expert"]), (-1.0, made["antiexpert"])]
+    return {
+        role: accuracy(problems, answers(weighted, tokenizer, problems))
+        for role, weighted in roles.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for the four model folders")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=("dev", "test"), default="dev")
+    parser.add_argument("--n", type=int, default=400, help="problems to measure on")
+    parser.add_argument("--report", type=Path, help="JSON file that collects the accuracies")
+    args = parser.parse_args()
+
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - start:6.0f}s] {text}", flush=True)
+
+    recipe = Recipe()
+    made = train(recipe, args.seed, say)
+    for role in ("base", "expert", "antiexpert", "tuned"):
+        made[role] = made[role].to(torch.bfloat16).float()
+    result = measure(made, args.split, args.n)
+    for role, shares in result.items():
+        say(f"{role:10s} {shares}")
+    if args.out:
+        for role in ("base", "expert", "antiexpert", "tuned"):
+            save(made[role], made["tokenizer"], args.out / role)
+    if args.report:
+        rows = json.loads(args.report.read_text()) if args.report.exists() else []
+        rows.append(
+            {
+                "command": " ".join(["python", *sys.argv]),
+                "seed": args.seed,
+                "split": args.split,
+                "n": args.n,
+                "accuracy": result,
+                "recipe": vars(recipe),
+                "seconds": round(time.monotonic() - start),
+                "threads": torch.get_num_threads(),
+                "cpus": os.cpu_count(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            }
+        )
+        args.report.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
