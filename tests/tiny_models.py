@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 def save_tokenizer(folder: Path, vocab_size: int, renamed: dict[int, str] | None = None) -> None:
     """A word-level tokenizer: token i is ``w{i}``, and the ends of text are the first two ids."""
     names = {i: f"w{i}" for i in range(vocab_size)}
-    names.update({0: "<pad>", 1: "</s>", 2: "user", 3: "assistant"}, **(renamed or {}))
+    names.update({0: "<pad>", 1: "</s>", 2: "user", 3: "assistant", **(renamed or {})})
     vocab = {name: i for i, name in names.items()}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
