@@ -4,11 +4,11 @@
     token  = argmax over kept tokens of logits / temperature + noise(seed, position, token)
 
 Launches, all on a grid set by shapes alone:
-1. `_combine_kernel`, one program a tile: rows without top-k or top-p get their tile's winner here,
+1. `combine_kernel`, one program a tile: rows without top-k or top-p get their tile's winner here,
    from a single read of the logits; the others get their scaled logits written once as float32.
-2. With top-k or top-p: `select.find_thresholds`, then `_filtered_kernel` draws the tile's winner
+2. With top-k or top-p: `select.find_thresholds`, then `filtered_kernel` draws the tile's winner
    among the kept; tiles that keep nothing are not read.
-3. `_winner_kernel`, one program a row: the best of the tiles' winners. A min-p row knows its
+3. `winner_kernel`, one program a row: the best of the tiles' winners. A min-p row knows its
    threshold only here; tiles whose winner min-p drops, yet keep another token, are drawn again
    from the three inputs (rare: such a tile must hold a logit within log(min_p) of the maximum).
 
@@ -16,291 +16,19 @@ Combining and reducing are float32; noise, its keys and the tie rule are vLLM's 
 """
 
 import torch
-from vllm.triton_utils import tl, triton
+from vllm.triton_utils import triton
 
 from proxy_vllm.kernels.checks import check_logits, check_request_state
-from proxy_vllm.kernels.device import (
-    combine_tile,
-    gumbel_noised_argmax,
-    key_float,
-    num_shared_columns,
-    require_triton,
-    row_slot,
-    scaled_tile,
-)
-from proxy_vllm.kernels.select import (
-    MAX_VOCAB,
-    STATE_FIELDS,
-    find_thresholds,
-    min_p_threshold,
-    row_filters,
-    row_max,
+from proxy_vllm.kernels.device import num_shared_columns, require_triton
+from proxy_vllm.kernels.select import MAX_VOCAB, find_thresholds
+from proxy_vllm.kernels.tiles import (
+    combine_kernel,
+    combine_only_kernel,
+    filtered_kernel,
+    winner_kernel,
 )
 
-_FIELDS = tl.constexpr(STATE_FIELDS)
-
-
-@triton.jit
-def _load_noise_key(slot, row, seeds_ptr, positions_ptr):
-    seed = tl.load(seeds_ptr + slot, mask=slot >= 0, other=0)
-    position = tl.load(positions_ptr + row)
-    return seed, position
-
-
-@triton.jit
-def _combine_kernel(
-    base_ptr,  # [B, V]
-    base_stride,
-    expert_ptr,
-    expert_stride,
-    antiexpert_ptr,
-    antiexpert_stride,
-    x_ptr,  # [B, V] float32 scratch, or None where no row can have top-k or top-p
-    x_stride,
-    best_score_ptr,  # [B, num_tiles]
-    best_token_ptr,  # [B, num_tiles] int32
-    best_x_ptr,  # [B, num_tiles] float32, logit of that token (min-p rows)
-    tile_max_ptr,  # [B, num_tiles] float32
-    tile_min_ptr,  # [B, num_tiles] float32, over finite logits (top-k and top-p rows)
-    alpha_ptr,
-    seeds_ptr,
-    positions_ptr,
-    row_to_request_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    num_cols,
-    num_shared,
-    vocab_start,
-    vocab_size,
-    TILE: tl.constexpr,
-    USE_FP64: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    slot = row_slot(row, row_to_request_ptr)
-    alpha = tl.load(alpha_ptr + slot, mask=slot >= 0, other=0.0)
-    temperature, top_k, top_p, min_p = row_filters(
-        slot, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size
-    )
-    cols = tile * TILE + tl.arange(0, TILE)
-    x = scaled_tile(
-        base_ptr + row * base_stride,
-        expert_ptr + row * expert_stride,
-        antiexpert_ptr + row * antiexpert_stride,
-        cols,
-        num_cols,
-        num_shared,
-        alpha,
-        temperature,
-    )
-    out = row * tl.num_programs(1) + tile
-    if x_ptr is not None:
-        if (top_k > 0) | (top_p < 1.0):
-            tl.store(x_ptr + row * x_stride + cols, x, mask=cols < num_cols)
-            tl.store(tile_max_ptr + out, tl.max(x, axis=0))
-            finite = tl.where(x > float("-inf"), x, float("inf"))
-            tl.store(tile_min_ptr + out, tl.min(finite, axis=0))
-            return
-    if min_p_ptr is not None:
-        maximum = tl.max(x, axis=0)
-        tl.store(tile_max_ptr + out, maximum)
-        kept = x >= min_p_threshold(maximum, min_p)
-    else:
-        kept = x >= float("-inf")
-    x = tl.where(kept, x, float("-inf"))
-    seed, position = _load_noise_key(slot, row, seeds_ptr, positions_ptr)
-    score, index = gumbel_noised_argmax(
-        x,
-        cols + vocab_start,
-        cols < num_cols,
-        seed,
-        position,
-        temperature,
-        IS_DRAFTING=False,
-        USE_FP64=USE_FP64,
-        APPLY_TEMPERATURE=False,
-    )
-    tl.store(best_score_ptr + out, score)
-    tl.store(best_token_ptr + out, tile * TILE + index)
-    if min_p_ptr is not None:
-        chosen = tl.where(tl.arange(0, TILE) == index, x, float("-inf"))
-        tl.store(best_x_ptr + out, tl.max(chosen, axis=0))
-
-
-@triton.jit
-def _filtered_kernel(
-    x_ptr,
-    x_stride,
-    state_ptr,  # [B, STATE_FIELDS] int64, thresholds
-    best_score_ptr,
-    best_token_ptr,
-    tile_max_ptr,
-    seeds_ptr,
-    positions_ptr,
-    row_to_request_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    num_cols,
-    vocab_start,
-    vocab_size,
-    TILE: tl.constexpr,
-    USE_FP64: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    slot = row_slot(row, row_to_request_ptr)
-    temperature, top_k, top_p, _ = row_filters(
-        slot, temperature_ptr, top_k_ptr, top_p_ptr, None, vocab_size
-    )
-    if (top_k == 0) & (top_p >= 1.0):
-        return
-    out = row * tl.num_programs(1) + tile
-    threshold = key_float(tl.load(state_ptr + row * _FIELDS))
-    if tl.load(tile_max_ptr + out) < threshold:
-        tl.store(best_score_ptr + out, float("-inf"))
-        tl.store(best_token_ptr + out, tile * TILE)
-        return
-    cols = tile * TILE + tl.arange(0, TILE)
-    x = tl.load(x_ptr + row * x_stride + cols, mask=cols < num_cols, other=float("-inf"))
-    x = tl.where(x >= threshold, x, float("-inf"))
-    seed, position = _load_noise_key(slot, row, seeds_ptr, positions_ptr)
-    score, index = gumbel_noised_argmax(
-        x,
-        cols + vocab_start,
-        cols < num_cols,
-        seed,
-        position,
-        temperature,
-        IS_DRAFTING=False,
-        USE_FP64=USE_FP64,
-        APPLY_TEMPERATURE=False,
-    )
-    tl.store(best_score_ptr + out, score)
-    tl.store(best_token_ptr + out, tile * TILE + index)
-
-
-@triton.jit
-def _winner_kernel(
-    base_ptr,
-    base_stride,
-    expert_ptr,
-    expert_stride,
-    antiexpert_ptr,
-    antiexpert_stride,
-    best_score_ptr,
-    best_token_ptr,
-    best_x_ptr,
-    tile_max_ptr,
-    row_max_ptr,  # [B] float32 over all shards, or None: over the tiles
-    token_ptr,  # [B] int64
-    score_ptr,  # [B] of best_score's dtype, or None
-    alpha_ptr,
-    seeds_ptr,
-    positions_ptr,
-    row_to_request_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    num_cols,
-    num_shared,
-    vocab_start,
-    vocab_size,
-    num_tiles,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
-    USE_FP64: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    tiles = tl.arange(0, TILES)
-    at = row * num_tiles + tiles
-    scores = tl.load(best_score_ptr + at, mask=tiles < num_tiles, other=float("-inf"))
-    tokens = tl.load(best_token_ptr + at, mask=tiles < num_tiles, other=0)
-    if min_p_ptr is not None:
-        slot = row_slot(row, row_to_request_ptr)
-        temperature, top_k, top_p, min_p = row_filters(
-            slot, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size
-        )
-        if (min_p > 0.0) & (top_k == 0) & (top_p >= 1.0):
-            if row_max_ptr is not None:
-                maximum = tl.load(row_max_ptr + row)
-            else:
-                maximum = row_max(tile_max_ptr, row, num_tiles, TILES)
-            threshold = min_p_threshold(maximum, min_p)
-            largest = tl.load(tile_max_ptr + at, mask=tiles < num_tiles, other=float("-inf"))
-            winner = tl.load(best_x_ptr + at, mask=tiles < num_tiles, other=float("-inf"))
-            scores = tl.where(winner >= threshold, scores, float("-inf"))
-            again = ((winner < threshold) & (largest >= threshold)).to(tl.int32)
-            alpha = tl.load(alpha_ptr + slot)
-            seed, position = _load_noise_key(slot, row, seeds_ptr, positions_ptr)
-            while tl.max(again, axis=0) > 0:
-                tile = tl.argmax(again, axis=0)
-                again = tl.where(tiles == tile, 0, again)
-                cols = tile * TILE + tl.arange(0, TILE)
-                x = scaled_tile(
-                    base_ptr + row * base_stride,
-                    expert_ptr + row * expert_stride,
-                    antiexpert_ptr + row * antiexpert_stride,
-                    cols,
-                    num_cols,
-                    num_shared,
-                    alpha,
-                    temperature,
-                )
-                x = tl.where(x >= threshold, x, float("-inf"))
-                score, index = gumbel_noised_argmax(
-                    x,
-                    cols + vocab_start,
-                    cols < num_cols,
-                    seed,
-                    position,
-                    temperature,
-                    IS_DRAFTING=False,
-                    USE_FP64=USE_FP64,
-                    APPLY_TEMPERATURE=False,
-                )
-                scores = tl.where(tiles == tile, score, scores)
-                tokens = tl.where(tiles == tile, tile * TILE + index, tokens)
-    best, which = tl.max(scores, axis=0, return_indices=True)
-    token = tl.sum(tl.where(tiles == which, tokens, 0), axis=0)
-    tl.store(token_ptr + row, token.to(tl.int64) + vocab_start)
-    if score_ptr is not None:
-        tl.store(score_ptr + row, best)
-
-
-@triton.jit
-def _combine_only_kernel(
-    base_ptr,
-    base_stride,
-    expert_ptr,
-    expert_stride,
-    antiexpert_ptr,
-    antiexpert_stride,
-    out_ptr,
-    out_stride,
-    alpha_ptr,
-    row_to_request_ptr,
-    vocab_size,
-    num_shared,
-    TILE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    slot = row_slot(row, row_to_request_ptr)
-    alpha = tl.load(alpha_ptr + slot, mask=slot >= 0, other=0.0)
-    cols = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    logits = combine_tile(
-        base_ptr + row * base_stride,
-        expert_ptr + row * expert_stride,
-        antiexpert_ptr + row * antiexpert_stride,
-        cols,
-        vocab_size,
-        num_shared,
-        alpha,
-    )
-    tl.store(out_ptr + row * out_stride + cols, logits, mask=cols < vocab_size)
+__all__ = ["SampleLaunch", "choose_tile", "proxy_combine", "proxy_sample"]
 
 
 def _on_gpu(tensor: torch.Tensor) -> bool:
@@ -317,6 +45,11 @@ def choose_tile(num_rows: int, vocab_size: int, on_gpu: bool) -> int:
         if num_rows * triton.cdiv(vocab_size, tile) >= 264:
             return tile
     return 1024
+
+
+def warps_for(tile: int) -> int:
+    """Keeps a tile's registers at about 120 a thread on Hopper, without spills."""
+    return 8 if tile >= 4096 else 4
 
 
 class SampleLaunch:
@@ -377,7 +110,7 @@ class SampleLaunch:
 
     def combine(self) -> None:
         """Winners of the tiles of unfiltered rows; scaled logits and extremes of the others."""
-        _combine_kernel[(self.num_rows, self.num_tiles)](
+        combine_kernel[(self.num_rows, self.num_tiles)](
             *self.inputs,
             self.x,
             0 if self.x is None else self.x.stride(0),
@@ -395,6 +128,7 @@ class SampleLaunch:
             self.vocab_size,
             TILE=self.tile,
             USE_FP64=self.use_fp64,
+            num_warps=warps_for(self.tile),
         )
 
     def thresholds(self) -> torch.Tensor:
@@ -415,13 +149,14 @@ class SampleLaunch:
                     # More pivots cost arithmetic and save launches.
                     num_pivots=16 if small else 8,
                     num_rounds=4 if small else 5,
+                    num_warps=warps_for(self.tile),
                 )
         assert state is not None
         return state
 
     def draw_filtered(self, state: torch.Tensor) -> None:
         """Winners of the tiles of rows with top-k or top-p, among the logits they keep."""
-        _filtered_kernel[(self.num_rows, self.num_tiles)](
+        filtered_kernel[(self.num_rows, self.num_tiles)](
             self.x,
             self.x.stride(0),
             state,
@@ -435,6 +170,7 @@ class SampleLaunch:
             self.vocab_size,
             TILE=self.tile,
             USE_FP64=self.use_fp64,
+            num_warps=warps_for(self.tile),
         )
 
     def winners(
@@ -443,7 +179,7 @@ class SampleLaunch:
         """(tokens [B] int64, their scores [B] or None)."""
         tokens = self.best_token.new_empty(self.num_rows, dtype=torch.int64)
         scores = self.best_score.new_empty(self.num_rows) if with_scores else None
-        _winner_kernel[(self.num_rows,)](
+        winner_kernel[(self.num_rows,)](
             *self.inputs,
             self.best_score,
             self.best_token,
@@ -463,6 +199,7 @@ class SampleLaunch:
             TILE=self.tile,
             TILES=triton.next_power_of_2(self.num_tiles),
             USE_FP64=self.use_fp64,
+            num_warps=warps_for(self.tile),
         )
         return tokens, scores
 
@@ -580,7 +317,7 @@ def proxy_combine(
         return out
     require_triton()
     tile = choose_tile(num_rows, vocab_size, _on_gpu(base))
-    _combine_only_kernel[(num_rows, triton.cdiv(vocab_size, tile))](
+    combine_only_kernel[(num_rows, triton.cdiv(vocab_size, tile))](
         base,
         base.stride(0),
         expert,
@@ -594,8 +331,6 @@ def proxy_combine(
         vocab_size,
         num_shared_columns(base, expert, antiexpert),
         TILE=tile,
+        num_warps=warps_for(tile),
     )
     return out
-
-
-__all__ = ["SampleLaunch", "choose_tile", "proxy_combine", "proxy_sample"]

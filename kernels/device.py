@@ -6,16 +6,18 @@ that a token drawn here equals the one vLLM draws from the same logits, seed and
 
 import torch
 from vllm.triton_utils import HAS_TRITON, tl, triton
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_noised_argmax
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_noised_argmax, murmur3_hash32
 
 __all__ = [
     "combine_tile",
     "float_key",
     "gumbel_noised_argmax",
     "key_float",
+    "murmur3_hash32",
+    "num_shared_columns",
     "require_triton",
     "row_slot",
-    "scaled_tile",
+    "unscaled_tile",
 ]
 
 # Largest finite float32.
@@ -83,7 +85,7 @@ def combine_tile(
 
 
 @triton.jit
-def scaled_tile(
+def unscaled_tile(
     base_row,
     expert_row,
     antiexpert_row,
@@ -91,15 +93,10 @@ def scaled_tile(
     vocab_size,
     num_shared,
     alpha,
-    temperature,
 ):
-    """combine_tile over the temperature; NaN becomes -inf, so that no reduction ever meets one."""
-    x = combine_tile(base_row, expert_row, antiexpert_row, cols, vocab_size, num_shared, alpha)
-    x = tl.where(x == x, x, float("-inf"))
-    if temperature != 0.0:
-        # vLLM divides with `/` as well; any other division changes the last bit.
-        x = x / temperature
-    return x
+    """combine_tile with NaN made -inf, so that no reduction ever meets one."""
+    logits = combine_tile(base_row, expert_row, antiexpert_row, cols, vocab_size, num_shared, alpha)
+    return tl.where(logits == logits, logits, float("-inf"))
 
 
 def num_shared_columns(base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor) -> int:

@@ -392,6 +392,7 @@ def find_thresholds(
     tile: int,
     num_pivots: int,
     num_rounds: int,
+    num_warps: int = 4,
 ) -> torch.Tensor:
     """State [B, STATE_FIELDS] int64 whose field 0 is the key of every row's threshold.
 
@@ -433,6 +434,7 @@ def find_thresholds(
             TILE=tile,
             PARTS=tiles,
             STATS=tiles,
+            num_warps=num_warps,
         )
     last = (num_rounds - 1) % 2
     finish_kernel[(num_rows,)](
@@ -451,5 +453,6 @@ def find_thresholds(
         NUM_PIVOTS=num_pivots,
         TILE=tile,
         TILES=tiles,
+        num_warps=num_warps,
     )
     return state[last]
