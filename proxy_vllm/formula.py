@@ -2,11 +2,13 @@
 
     logits = base + alpha * (expert - antiexpert)        (Liu et al. 2024, arXiv 2401.08565)
 
-The ground truth in float64 is ``kernels/reference.py``, the GPU's version
-``kernels/combine_sample.py``; this file chooses between them and PyTorch on a CPU.
+What widths, infinities and NaN mean is defined once, in ``kernels/reference.py``. On a GPU (and in
+Triton's interpreter) the kernel of ``kernels/combine_sample.py`` computes it, on a CPU PyTorch.
 """
 
 import torch
+
+from proxy_vllm.envs import cpu_runner
 
 
 def combine_logits(
@@ -15,21 +17,18 @@ def combine_logits(
     antiexpert: torch.Tensor,  # [B, V_a]
     alpha: torch.Tensor,  # [B] float32
 ) -> torch.Tensor:  # [B, V] float32
-    """Combine raw logits of the three members.
-
-    Only columns that all three members have are shifted: what the small models have past the
-    base's vocabulary is cut, and a token that one of them lacks keeps the base's logit. A row with
-    alpha 0 is the base's row exactly; a difference that is not a number (both members rule a token
-    out) shifts nothing.
-    """
-    if base.is_cuda:
+    """Combine raw logits of the three members; a row with alpha 0 is the base's row exactly."""
+    if base.is_cuda or cpu_runner() == "v2":
         from proxy_vllm.kernels.combine_sample import proxy_combine
 
         return proxy_combine(base, expert, antiexpert, alpha)
     width = min(base.shape[-1], expert.shape[-1], antiexpert.shape[-1])
+    shift = expert[:, :width].to(torch.float32, copy=True)
+    shift -= antiexpert[:, :width]
+    if not shift.sum().isfinite():  # cheaper than looking at each; rare enough to look twice
+        from proxy_vllm.kernels.reference import combine
+
+        return combine(base, expert, antiexpert, alpha, dtype=torch.float32)
     logits = base.to(torch.float32, copy=True)
-    shift = expert[:, :width].float() - antiexpert[:, :width].float()
-    shift.mul_(alpha[:, None]).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-    logits[:, :width] += shift
-    # An infinite base logit minus an infinite shift is not a number: the base's verdict stands.
-    return torch.where(logits.isnan(), base, logits) if not logits.isfinite().all() else logits
+    logits[:, :width].addcmul_(shift, alpha[:, None])
+    return logits

@@ -81,3 +81,17 @@ class ProxyModelState(DefaultModelState):
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
         inputs["alpha"] = self.token_alpha[:num_tokens]
         return inputs
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
+        """Model Runner V2's hook: our sampler, and vLLM's draft verification on top of it."""
+        from proxy_vllm.sampler import ProxySampler
+
+        if self.vllm_config.watermark_config is not None:
+            return None  # vLLM's watermarking sampler draws the token itself
+        ours = ProxySampler(sampler, self.alpha)
+        speculative = self.vllm_config.speculative_config
+        if speculative is None:
+            return ours, None
+        from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+        return ours, RejectionSampler(ours, speculative, self.device)

@@ -1,0 +1,171 @@
+"""The sampler of Model Runner V2: three logit tensors in, one token a row out.
+
+Two paths, chosen for each row, so that one special row does not slow the batch:
+
+- *fused* (``kernels/combine_sample.py``): greedy, temperature, seeds, min-p, top-k, top-p. The
+  combined logits never exist in memory unless a row has top-k or top-p.
+- *whole distribution*: what needs every combined logit goes through ``proxy_combine`` and then
+  vLLM's own sampler: logprobs, penalties, logit bias, allowed and bad words, minimum tokens,
+  grammars, thinking budgets and custom logits processors.
+
+The whole batch takes the second path where vLLM replaces or wraps sampling: draft verification,
+batch-sharded sampling, sampling-mask and trace replay, counting NaN logits.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+
+from proxy_vllm.kernels.combine_sample import proxy_sample
+
+
+class ProxySampler(Sampler):
+    """vLLM's sampler with a fused path over the three members' logits.
+
+    Args:
+        sampler: the sampler that vLLM made; its state is taken over, not copied.
+        alpha: alpha of each request slot, a ``UvaBackedTensor`` ``[max_num_reqs]`` float32.
+    """
+
+    def __init__(self, sampler: Sampler, alpha) -> None:
+        # vLLM constructs its sampler before it asks for ours, and every buffer is in place.
+        self.__dict__.update(sampler.__dict__)
+        self.alpha = alpha
+        self.needs_distribution = np.zeros_like(self.needs_logits_processing)
+        self.fusable = (
+            type(sampler) is Sampler
+            and not self.compute_nans
+            and not self.return_sampling_mask
+            and self.trace_replay_state is None
+        )
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
+        super().add_request(req_idx, sampling_params)
+        self.needs_distribution[req_idx] = self._wants_distribution(req_idx)
+
+    def _wants_distribution(self, req_idx: int) -> bool:
+        """Whether a request's parameters go beyond what the fused path knows.
+
+        ``needs_logits_processing`` is vLLM's own answer over all stages; it is narrowed only by
+        the stages that the fused path does itself, so a stage that vLLM adds stays covered.
+        """
+        if self.sampling_states.num_logprobs[req_idx] != NO_LOGPROBS:
+            return True
+        if self.logprob_token_ids_state.max_num_token_ids(np.array([req_idx])):
+            return True
+        if not self.needs_logits_processing[req_idx]:
+            return False
+        return self._other_stages(req_idx)
+
+    def _other_stages(self, req_idx: int) -> bool:
+        """Whether a stage other than temperature, min-p, top-k and top-p touches the logits."""
+        bias, penalties, bad_words, *custom = self.logits_processors
+        # Absent where the server has no reasoning configuration.
+        budget = getattr(self.thinking_budget_state, "use_thinking_budget", None)
+        return bool(
+            custom
+            or bias.use_logit_bias[req_idx]
+            or penalties.use_penalty[req_idx]
+            or bad_words.num_bad_words.np[req_idx]
+            or (budget is not None and budget[req_idx])
+        )
+
+    def rows_of_distribution(
+        self, input_batch: InputBatch, grammar_req_ids: list[str]
+    ) -> np.ndarray:
+        """Batch rows, ascending, that must go through vLLM's own sampler."""
+        needs = self.needs_distribution[input_batch.idx_mapping_np]
+        if grammar_req_ids:
+            constrained = set(grammar_req_ids)
+            needs = needs | np.array([r in constrained for r in input_batch.req_ids])
+        return np.flatnonzero(needs)
+
+    def sample_fused(
+        self, logits: list[torch.Tensor], input_batch: InputBatch
+    ) -> torch.Tensor:  # 3 x [B, V_m] -> [B] int64
+        """One token a row, from the members' logits, for a batch without draft tokens."""
+        states, rows = self.sampling_states, input_batch.idx_mapping_np
+
+        def used(state, off) -> torch.Tensor | None:
+            return state.gpu if np.any(state.np[rows] != off) else None
+
+        return proxy_sample(
+            *logits,
+            self.alpha.gpu,
+            states.temperature.gpu,
+            states.seeds.gpu,
+            input_batch.positions[input_batch.logits_indices],
+            top_k=used(states.top_k, states.vocab_size),
+            top_p=used(states.top_p, 1.0),
+            min_p=used(states.min_p, 0.0),
+            row_to_request=input_batch.idx_mapping,
+            use_fp64_gumbel=self.use_fp64_gumbel,
+        )
+
+    def output_of(self, tokens: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
+        """vLLM's output for tokens ``[B]`` of which none asks for more than itself."""
+        num_sampled, num_rejected = get_num_sampled_and_rejected(
+            input_batch.seq_lens.new_ones(input_batch.num_reqs),
+            input_batch.seq_lens,
+            input_batch.cu_num_logits,
+            input_batch.idx_mapping,
+            self.req_states.prefill_len.gpu,
+        )
+        return SamplerOutput(
+            sampled_token_ids=tokens.view(-1, 1),
+            logprobs_tensors=None,
+            num_nans=None,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected,
+        )
+
+
+def select_rows(
+    input_batch: InputBatch, rows: np.ndarray, device: torch.device
+) -> tuple[InputBatch, torch.Tensor]:
+    """The batch of some rows alone, as far as a sampler reads it, and the rows on the device."""
+    index = async_tensor_h2d(rows, device=device)
+    count = len(rows)
+    starts = np.arange(count + 1, dtype=input_batch.cu_num_logits_np.dtype)
+    batch = replace(
+        input_batch,
+        req_ids=[input_batch.req_ids[i] for i in rows],
+        num_reqs=count,
+        num_reqs_after_padding=count,
+        num_draft_tokens_per_req=None,
+        idx_mapping=input_batch.idx_mapping[index],
+        idx_mapping_np=input_batch.idx_mapping_np[rows],
+        expanded_idx_mapping=input_batch.expanded_idx_mapping[index],
+        expanded_local_pos=input_batch.expanded_local_pos[index],
+        seq_lens=input_batch.seq_lens[index],
+        seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(rows)],
+        logits_indices=input_batch.logits_indices[index],
+        cu_num_logits=torch.arange(
+            count + 1, dtype=input_batch.cu_num_logits.dtype, device=device
+        ),
+        cu_num_logits_np=starts,
+    )
+    return batch, index
+
+
+def merge(output: SamplerOutput, part: SamplerOutput, index: torch.Tensor) -> SamplerOutput:
+    """Write the rows that vLLM's sampler drew over those of the fused path."""
+    output.sampled_token_ids[index] = part.sampled_token_ids
+    if part.logprobs_tensors is not None:
+        rows = output.sampled_token_ids.shape[0]
+        # Rows that asked for none are never read.
+        output.logprobs_tensors = LogprobsTensors(
+            *(
+                tensor.new_zeros((rows, *tensor.shape[1:])).index_copy_(0, index, tensor)
+                for tensor in part.logprobs_tensors[:3]
+            )
+        )
+    return output
