@@ -281,6 +281,8 @@ def _warnings(members: Mapping[str, ModelShape], context: int, gpu: Gpu, tp: int
     for role, shape in members.items():
         if shape.max_positions and context > shape.max_positions:
             notes.append(f"{role}: has {shape.max_positions} positions, context is {context}")
+        if any(shape.windows):
+            notes.append(f"{role}: has attention windows; serving needs --disable-sliding-window")
     base = members["base"].vocab_size
     for role in ("expert", "antiexpert"):
         size = members[role].vocab_size

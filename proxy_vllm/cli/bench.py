@@ -119,7 +119,12 @@ def run_serve(args: argparse.Namespace) -> None:
         named.append(f"alpha={args.alpha}")
     if named:
         args.metadata = [*(args.metadata or []), *named]
-    _call("serve", args)
+    result = _call("serve", args)
+    if not result["completed"]:
+        raise UserError(
+            f"none of {args.num_prompts} requests succeeded: see the server's log, or the errors "
+            "that --save-result --save-detailed keep"
+        )
 
 
 _RUN: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -158,13 +163,16 @@ def _measure(kind: str, args: argparse.Namespace, proxy: dict[str, Any]) -> None
         path.write_text(json.dumps({**result, "proxy": proxy}, indent=4), encoding="utf-8")
 
 
-def _call(kind: str, args: argparse.Namespace) -> None:
+def _call(kind: str, args: argparse.Namespace) -> Any:
+    """Run vLLM's benchmark; its refusals, some with a trace inside their text, become one line."""
     try:
-        _module(kind).main(args)
-    except AssertionError as error:  # how vLLM's benchmarks refuse lengths that do not fit
-        if not str(error):
+        return _module(kind).main(args)
+    except (AssertionError, ValueError) as error:
+        head, trace, tail = str(error).partition("Traceback (most recent call last)")
+        if not head.strip():
             raise
-        raise UserError(" ".join(str(error).split())) from error
+        last = tail.strip().splitlines()[-1:] if trace else []
+        raise UserError(" ".join([*head.split(), *last])) from error
 
 
 def cmd_init() -> list[CLISubcommand]:

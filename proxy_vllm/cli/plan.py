@@ -122,8 +122,8 @@ def print_plan(result: Plan) -> None:
     weights = Table("weights", "model", "GiB")
     weights.columns[2].justify = "right"
     for role in ("base", "expert", "antiexpert"):
-        weights.add_row(role, escape(inputs[role]), f"{result.weights_gib[role]:.2f}")
-    weights.add_row("total", "", f"{result.weights_gib['total']:.2f}")
+        weights.add_row(role, escape(inputs[role]), _gib(result.weights_gib[role]))
+    weights.add_row("total", "", _gib(result.weights_gib["total"]))
     console.print(weights)
 
     speed = Table("", "proxy-tuned", "base alone")
@@ -143,6 +143,10 @@ def print_plan(result: Plan) -> None:
     console.print(verdict(result))
     for note in result.notes:
         console.print(f"note: {escape(note)}")
+
+
+def _gib(size: float) -> str:
+    return f"{size:.2f}" if size >= 0.1 else f"{size:.2g}"
 
 
 def verdict(result: Plan) -> str:

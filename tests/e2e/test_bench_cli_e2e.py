@@ -1,7 +1,15 @@
-"""vLLM's benchmarks through `proxy-vllm bench`, on real engines with a tiny random trio."""
+"""vLLM's benchmarks through `proxy-vllm bench`.
+
+Latency and throughput run real engines with a tiny random trio. The client of `bench serve` meets
+a server whose delays are known, so that its metrics have something to be held against.
+"""
 
 import gc
+import http.server
 import json
+import threading
+import time
+from typing import ClassVar
 
 import pytest
 from tiny_models import make_model
@@ -79,3 +87,69 @@ def test_throughput(trio, steps, tmp_path):
     assert result["tokens_per_second"] == pytest.approx(44 / result["elapsed_time"])
     assert result["proxy"]["alpha"] == 0.5
     assert_composite_ran(steps, 5, alpha=0.5)
+
+
+class SlowCompletions(http.server.BaseHTTPRequestHandler):
+    """Streams as many tokens as asked for: the first after FIRST seconds, the rest after EACH."""
+
+    FIRST, EACH = 0.2, 0.05
+    bodies: ClassVar[list[dict]] = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/v1/completions":
+            self.send_error(404)
+            return
+        self.bodies.append(body)
+        if body["vllm_xargs"]["proxy_alpha"] > 10:
+            self.send_error(400)
+            return
+        self.send_response(200)
+        self.end_headers()
+        for i in range(body["max_tokens"]):
+            time.sleep(self.EACH if i else self.FIRST)
+            self._send({"choices": [{"text": "w7 "}]})
+        usage = {"completion_tokens": body["max_tokens"], "prompt_tokens": 6}
+        self._send({"choices": [], "usage": usage})
+
+    def _send(self, event):
+        self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+        self.wfile.flush()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def slow_server():
+    SlowCompletions.bodies.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowCompletions) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield ["--host", "127.0.0.1", "--port", str(server.server_port)]
+        server.shutdown()
+    gc.unfreeze()  # vLLM's client freezes the heap that it found
+
+
+LOAD = "--dataset-name random --random-input-len 6 --random-output-len 5 --num-prompts 4"
+
+
+def test_serve_client(trio, slow_server, tmp_path):
+    saved = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "serve.json"]
+    argv = [trio[0], "--alpha", "0.5", "--expert", trio[2], *slow_server, *LOAD.split(), *saved]
+    main(["bench", "serve", *argv])
+    assert [body["vllm_xargs"] for body in SlowCompletions.bodies] == [{"proxy_alpha": 0.5}] * 4
+    result = json.loads((tmp_path / "serve.json").read_text())
+    assert (result["completed"], result["failed"]) == (4, 0)
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (24, 20)
+    assert result["expert"] == trio[2]
+    # Sleeps are lower bounds; above them only what a busy machine adds.
+    assert 200 <= result["mean_ttft_ms"] < 1500
+    assert 50 <= result["mean_tpot_ms"] < 375
+    assert result["output_throughput"] == pytest.approx(20 / result["duration"])
+
+
+def test_serve_client_fails_when_every_request_does(trio, slow_server, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "serve", trio[0], "--alpha", "99", *slow_server, *LOAD.split()])
+    assert stop.value.code == 2
+    assert "error: none of 4 requests succeeded" in capsys.readouterr().err

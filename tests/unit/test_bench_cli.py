@@ -1,7 +1,9 @@
 """`proxy-vllm bench`: what reaches vLLM's benchmark modules. They are replaced by a recorder."""
 
+import gc
 import json
 import re
+import socket
 
 import pytest
 from tiny_models import make_model
@@ -35,6 +37,7 @@ def measured(monkeypatch):
             if getattr(args, "output_json", None):
                 with open(args.output_json, "w") as file:
                     json.dump({"model_id": args.model, "elapsed_time": 1.5}, file)
+            return {"completed": 1}
 
         return record
 
@@ -130,6 +133,26 @@ def test_bad_input_is_one_line(folders, measured, capsys, tmp_path):
 
     assert "--alpha is nan" in error_line(capsys, "serve", "--alpha", "nan")
     assert measured == {}
+
+
+def test_a_server_that_refuses_every_request_is_a_failure(measured, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "main", lambda args: {"completed": 0, "failed": 5})
+    line = error_line(capsys, "serve", "some/base", "--num-prompts", "5")
+    assert "none of 5 requests succeeded" in line
+
+
+def test_an_unreachable_server_is_one_short_line(folders, capsys):
+    with socket.socket() as taken:
+        # Bound and not listening: nothing answers there, and nobody else can take it.
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        where = ["--host", "127.0.0.1", "--port", port, "--ready-check-timeout-sec", "1"]
+        load = ["--dataset-name", "random", "--num-prompts", "1", "--random-input-len", "4"]
+        line = error_line(capsys, "serve", folders["base"], *where, *load)
+    gc.unfreeze()  # vLLM's client freezes the heap that it found
+    assert port in line
+    assert "Traceback" not in line
+    assert len(line) < 300
 
 
 def test_refusals_of_the_benchmark_itself_are_one_line(folders, measured, monkeypatch, capsys):

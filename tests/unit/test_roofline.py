@@ -306,6 +306,12 @@ def test_result_is_plain_json_with_the_promised_fields():
     assert any("50257" in note and "151936" in note for note in result["notes"])
 
 
+def test_windows_are_noted_since_serving_refuses_them():
+    result = plan({**MISTRAL_7B, "sliding_window": 4096}, MISTRAL_7B, MISTRAL_7B, "h200")
+    noted = [note for note in result.notes if "--disable-sliding-window" in note]
+    assert [note.split(":")[0] for note in noted] == ["base"]
+
+
 def test_load_config_reads_folders_files_dicts_and_objects(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(GPT2))
     for source in (tmp_path, str(tmp_path), tmp_path / "config.json", GPT2):
