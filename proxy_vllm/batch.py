@@ -1,0 +1,233 @@
+"""Many requests through one engine that is never left to run empty, answered in input order."""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from proxy_vllm.batch_request import Request, id_of, one_line, parse_request, result_json
+from proxy_vllm.errors import UserError
+
+if TYPE_CHECKING:
+    from proxy_vllm.llm import ProxyLLM
+
+# A numbered line: the object that it holds, or what is wrong with it.
+Item = tuple[int, "dict[str, Any] | UserError"]
+
+# Requests that enter between two steps: enough to fill a batch soon, few enough not to stall it.
+_ADMITTED_A_STEP = 64
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one line: ``output`` to be written, or the reason why there is none."""
+
+    number: int
+    id: str | int | None
+    output: dict[str, Any] | None = None
+    error: str | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        return self.output["completion_tokens"] if self.output else 0
+
+
+class BatchGenerator:
+    """Answers a stream of requests with one engine that is never left to run empty.
+
+    Args:
+        llm: the engine, for this generator alone while it runs.
+        defaults: fields of ``SamplingParams`` for lines that do not set them.
+        token_ids: put ``token_ids`` into the outputs.
+        stop_on_error: read nothing more after a line that cannot be answered.
+        max_running: sequences in the engine at once; twice what it can batch, if None.
+        max_held: requests read and not yet yielded, running ones and those that wait for a
+            predecessor; this bounds the memory, whatever the length of the input.
+    """
+
+    def __init__(
+        self,
+        llm: "ProxyLLM",
+        defaults: dict[str, Any] | None = None,
+        *,
+        token_ids: bool = False,
+        stop_on_error: bool = False,
+        max_running: int | None = None,
+        max_held: int | None = None,
+    ) -> None:
+        self.llm = llm
+        self.defaults = {**(llm.model_config.get_diff_sampling_param() or {}), **(defaults or {})}
+        self.token_ids = token_ids
+        self.stop_on_error = stop_on_error
+        scheduler = llm.llm_engine.vllm_config.scheduler_config
+        self.max_running = max_running or 2 * scheduler.max_num_seqs
+        self.max_held = max_held or 16 * self.max_running
+        self._running: dict[str, tuple[_Slot, Request]] = {}
+        self._sequences = 0
+        self._waiting: deque[_Slot] = deque()
+        self._stopped = False
+
+    def run(self, items: Iterable[Item], *, background: bool = False) -> Iterator[Result]:
+        """Yield one result for each item, in their order, each as soon as it can be had.
+
+        Args:
+            items: numbered lines, read only as far as there is room for them.
+            background: read them in a thread, so that a slow source (a pipe) delays no request
+                that has been read.
+        """
+        source = _Source(items, background)
+        self._stopped = False
+        engine = self.llm.llm_engine
+        try:
+            while True:
+                self._admit(source)
+                while self._waiting and (result := self._waiting[0].result) is not None:
+                    self._waiting.popleft()
+                    yield result
+                if self._running:
+                    for output in engine.step():
+                        if output.finished:
+                            self._finish(output)
+                elif not self._waiting and (self._stopped or source.ended):
+                    return
+        finally:
+            source.close()
+            self._abort()
+
+    def _admit(self, source: "_Source") -> None:
+        for _ in range(_ADMITTED_A_STEP):
+            if self._stopped or len(self._waiting) >= self.max_held:
+                return
+            if self._sequences >= self.max_running:
+                return
+            # With nothing to compute and nothing to hand out, wait for the next line.
+            item = source.next(wait=not self._waiting)
+            if item is None:
+                return
+            slot = _Slot(item[0])
+            self._waiting.append(slot)
+            self._start(slot, item[1])
+
+    def _start(self, slot: "_Slot", data: "dict[str, Any] | UserError") -> None:
+        request_id = None
+        try:
+            if isinstance(data, UserError):
+                raise data
+            request_id = id_of(slot.number, data)
+            request = parse_request(slot.number, data, self.llm.proxy_config, self.defaults)
+            self._running[self._enqueue(request)] = (slot, request)
+            self._sequences += request.params.n
+        except Exception as error:
+            if _engine_is_dead(error):
+                raise
+            self._fail(slot, request_id, one_line(error))
+
+    def _enqueue(self, request: Request) -> str:
+        """Hand a request to the engine; return the id under which its output will come."""
+        llm = self.llm
+        request_id = str(llm.request_counter.counter)
+        try:
+            if request.messages is not None:
+                llm.enqueue_chat([request.messages], [request.params], use_tqdm=False)
+            else:
+                prompt: Any = request.prompt
+                if not isinstance(prompt, str):
+                    prompt = {"prompt_token_ids": prompt}
+                llm.enqueue([prompt], [request.params], use_tqdm=False)
+        except BaseException:
+            # It may have entered vLLM's tables before it failed, and would be waited for.
+            llm.llm_engine.abort_request([request_id])
+            raise
+        return request_id
+
+    def _finish(self, output: Any) -> None:
+        slot, request = self._running.pop(output.request_id)
+        self._sequences -= request.params.n
+        reasons = {completion.finish_reason for completion in output.outputs}
+        if reasons & {"error", "abort"}:
+            self._fail(slot, request.id, "the engine could not finish this request")
+            return
+        data = result_json(request, output, token_ids=self.token_ids)
+        slot.result = Result(slot.number, request.id, output=data)
+
+    def _fail(self, slot: "_Slot", request_id: str | int | None, reason: str) -> None:
+        slot.result = Result(slot.number, request_id, error=reason)
+        self._stopped = self._stopped or self.stop_on_error
+
+    def _abort(self) -> None:
+        """Leave the engine empty, whatever ended the run."""
+        running, self._running = list(self._running), {}
+        self._sequences = 0
+        self._waiting.clear()
+        if running:
+            try:
+                self.llm.llm_engine.abort_request(running)
+            except Exception as error:
+                if not _engine_is_dead(error):
+                    raise
+
+
+def _engine_is_dead(error: BaseException) -> bool:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return isinstance(error, EngineDeadError)
+
+
+@dataclass
+class _Slot:
+    number: int
+    result: Result | None = None
+
+
+class _Source:
+    """Items one by one; with a thread, only those that are there already, unless asked to wait."""
+
+    def __init__(self, items: Iterable[Item], background: bool) -> None:
+        self.ended = False
+        self._items = iter(items)
+        self._closed = threading.Event()
+        self._queue: queue.Queue | None = None
+        if background:
+            self._queue = queue.Queue(maxsize=_ADMITTED_A_STEP)
+            # A daemon: it may hang in a read that nothing can interrupt.
+            threading.Thread(target=self._pump, daemon=True, name="proxy-vllm-input").start()
+
+    def next(self, *, wait: bool) -> Item | None:
+        """The next item, or None at the end and (unless ``wait``) when none is there yet."""
+        if self.ended:
+            return None
+        if self._queue is None:
+            item = next(self._items, None)
+        else:
+            try:
+                item = self._queue.get(block=wait)
+            except queue.Empty:
+                return None
+            if isinstance(item, BaseException):
+                raise item
+        self.ended = item is None
+        return item
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _pump(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Any) -> bool:
+        assert self._queue is not None
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False

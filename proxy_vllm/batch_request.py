@@ -1,0 +1,237 @@
+"""One line of a batch: a JSON object checked into a request, and a request's output as JSON."""
+
+import dataclasses
+import functools
+import json
+import math
+import typing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from proxy_vllm.config import ALPHA_KEY, ProxyConfig
+from proxy_vllm.errors import UserError
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+
+# Fields of `SamplingParams` that belong to vLLM's inner working, or that change the form of a
+# result rather than the text.
+_INNER_FIELDS = {
+    "flat_logprobs",
+    "output_kind",
+    "output_text_buffer_length",
+    "routed_experts_prompt_start",
+    "skip_clone",
+    "skip_reading_prefix_cache",
+    "stream_interval",
+}
+_OWN_FIELDS = ("id", "prompt", "messages", ALPHA_KEY)
+
+# vLLM's server answers this where a log-probability is minus infinity, which JSON cannot say.
+_LOWEST_LOGPROB = -9999.0
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def id_of(number: int, data: dict[str, Any]) -> str | int:
+    """Id of a line: its own, or its number; ``UserError`` if it is neither text nor integer."""
+    value = data.get("id")
+    if value is None:
+        return number
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise UserError(f"id is {_shown(value)}: it must be a string or an integer")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@functools.cache
+def sampling_fields() -> dict[str, Any]:
+    """A validator (``pydantic.TypeAdapter``) for each field of ``SamplingParams`` that may be set.
+
+    vLLM checks ranges when it builds ``SamplingParams``, but not types.
+    """
+    from pydantic import TypeAdapter
+    from vllm import SamplingParams
+
+    hints = typing.get_type_hints(SamplingParams, include_extras=True)
+    return {
+        name: TypeAdapter(hints[name])
+        for name in SamplingParams.__struct_fields__
+        if not name.startswith("_") and name not in _INNER_FIELDS
+    }
+
+
+def check_field(name: str, value: Any) -> Any:
+    """Return ``value`` as the field ``name`` of ``SamplingParams`` wants it, or raise."""
+    from pydantic import ValidationError
+    from vllm.exceptions import VLLMValidationError
+
+    if name in ("structured_outputs", "repetition_detection") and isinstance(value, dict):
+        _check_keys(name, value)
+    if not _has_plain_numbers(value):
+        raise UserError(f"{name} is {_shown(value)}: numbers must be finite and fit in 64 bits")
+    try:
+        # The JSON form allows keys of mappings to be integers in quotes, and nothing else loose.
+        return sampling_fields()[name].validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{name} is {_shown(value)}: {first['msg'].lower()}") from None
+    except VLLMValidationError as error:
+        raise UserError(f"{name}: {one_line(error)}") from None
+
+
+def _check_keys(name: str, value: dict[str, Any]) -> None:
+    """vLLM drops keys that it does not know."""
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
+
+    kinds = {
+        "structured_outputs": StructuredOutputsParams,
+        "repetition_detection": RepetitionDetectionParams,
+    }
+    known = [field.name for field in dataclasses.fields(kinds[name]) if field.init]
+    for key in value:
+        if key not in known:
+            raise UserError(f"{name}.{key} is not a known field: there are {', '.join(known)}")
+
+
+def _has_plain_numbers(value: Any) -> bool:
+    """Longer integers do not pass to the engine's process, and 1e999 is read as infinity."""
+    if isinstance(value, dict):
+        return all(map(_has_plain_numbers, value.values()))
+    if isinstance(value, list):
+        return all(map(_has_plain_numbers, value))
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line, checked: ``prompt`` is text or token ids, or None where ``messages`` are given."""
+
+    id: str | int
+    prompt: str | list[int] | None
+    messages: list[Any] | None
+    params: "SamplingParams"
+    alpha: float
+
+
+def parse_request(
+    number: int, data: dict[str, Any], proxy: ProxyConfig, defaults: dict[str, Any]
+) -> Request:
+    """Check one line and build its sampling parameters.
+
+    Args:
+        number: of the line, from 1.
+        data: the line's fields; a field that is null counts as absent.
+        proxy: gives the default and the range of ``proxy_alpha``.
+        defaults: fields of ``SamplingParams`` that the line does not set itself.
+
+    Raises:
+        UserError: naming the field that is unknown, missing, or has a wrong type or value.
+    """
+    given = {name: value for name, value in data.items() if value is not None}
+    request_id = id_of(number, given)
+    for name in given:
+        if name not in _OWN_FIELDS and name not in sampling_fields():
+            raise UserError(
+                f"{name} is not a known field: there are {', '.join(_OWN_FIELDS)} and the fields"
+                " of vllm.SamplingParams"
+            )
+    if ("prompt" in given) == ("messages" in given):
+        raise UserError("prompt or messages: one of them is needed, and not both")
+    prompt, messages = given.get("prompt"), given.get("messages")
+    if prompt is not None:
+        _check_prompt(prompt)
+    else:
+        _check_messages(messages)
+    fields = {
+        name: check_field(name, value) for name, value in given.items() if name not in _OWN_FIELDS
+    }
+    extra = dict(fields.pop("extra_args", {}))
+    alpha = given.get(ALPHA_KEY, extra.get(ALPHA_KEY))
+    if isinstance(alpha, str):
+        raise UserError(f"{ALPHA_KEY} is {_shown(alpha)}: it must be a number")
+    alpha = proxy.alpha_of({ALPHA_KEY: alpha})
+    extra[ALPHA_KEY] = alpha
+    params = sampling_params({**defaults, **fields, "extra_args": extra})
+    return Request(request_id, prompt, messages, params, alpha)
+
+
+def sampling_params(fields: dict[str, Any]) -> "SamplingParams":
+    """Build ``SamplingParams``; what vLLM refuses is a ``UserError``."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        return SamplingParams(**fields)
+    except (ValueError, TypeError, VLLMValidationError) as error:
+        raise UserError(one_line(error)) from None
+
+
+def _check_prompt(prompt: Any) -> None:
+    if isinstance(prompt, str) and prompt:
+        return
+    if not isinstance(prompt, list) or not prompt:
+        raise UserError(
+            f"prompt is {_shown(prompt)}: it must be a string or a list of token ids, not empty"
+        )
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise UserError(f"prompt holds {_shown(token)}: token ids are integers")
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"messages is {_shown(messages)}: it must be a list, not empty")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f"messages holds {_shown(message)}: it must be an object with a role")
+
+
+def result_json(request: Request, output: "RequestOutput", *, token_ids: bool) -> dict[str, Any]:
+    """The output line of a finished request."""
+    texts = []
+    for completion in output.outputs:
+        text: dict[str, Any] = {
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+        }
+        if len(output.outputs) > 1:
+            text["completion_tokens"] = len(completion.token_ids)
+        if token_ids:
+            text["token_ids"] = list(completion.token_ids)
+        if completion.logprobs is not None:
+            text["logprobs"] = [
+                {**_logprob(token, position[token]), "top": _ranked(position)}
+                for token, position in zip(completion.token_ids, completion.logprobs)
+                if position is not None
+            ]
+        texts.append(text)
+    counts: dict[str, Any] = {
+        "prompt_tokens": len(output.prompt_token_ids or ()),
+        "completion_tokens": sum(len(c.token_ids) for c in output.outputs),
+        ALPHA_KEY: request.alpha,
+    }
+    if output.prompt_logprobs is not None:
+        counts["prompt_logprobs"] = [_ranked(p) if p else None for p in output.prompt_logprobs]
+    if len(texts) > 1:
+        return {"id": request.id, "outputs": texts, **counts}
+    (text,) = texts
+    return {"id": request.id, **text, **counts}
+
+
+def _logprob(token: int, entry: Any) -> dict[str, Any]:
+    value = max(entry.logprob, _LOWEST_LOGPROB)
+    return {"token_id": token, "token": entry.decoded_token, "logprob": value}
+
+
+def _ranked(position: dict[int, Any]) -> list[dict[str, Any]]:
+    ranked = sorted(position.items(), key=lambda entry: entry[1].rank or 0)
+    return [_logprob(token, entry) for token, entry in ranked]

@@ -1,0 +1,181 @@
+"""`proxy-vllm generate`: JSONL files of prompts through one engine, or through several on Ray."""
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+from vllm.entrypoints.cli.types import CLISubcommand
+
+from proxy_vllm.cli.arguments import add_proxy_arguments, proxy_config
+from proxy_vllm.errors import UserError
+
+_SAMPLING = {
+    "temperature": (float, None, "0 is greedy (default: the model's own, else 1)"),
+    "max_tokens": (int, 256, "of each text (default: 256)"),
+    "top_p": (float, None, "share of probability to sample from"),
+    "top_k": (int, None, "number of tokens to sample from"),
+}
+
+
+class GenerateSubcommand(CLISubcommand):
+    """The `generate` subcommand."""
+
+    name = "generate"
+
+    @staticmethod
+    def cmd(args: argparse.Namespace) -> None:
+        args.model = args.model_tag or args.model
+        if not args.model:
+            raise UserError("a base model is needed: name its folder or hub name first")
+        if (args.data_parallel_size or 1) > 1:
+            raise UserError("--data-parallel-size: --replicas N runs N engines on Ray")
+        defaults = sampling_defaults(args)
+        if args.replicas is not None or args.ray_address is not None:
+            from proxy_vllm.ray_job import run_on_ray
+
+            code = run_on_ray(args, llm_arguments(args), defaults)
+        else:
+            code = file_job(args, defaults).run(lambda: start_llm(args))
+        if code:
+            sys.exit(code)
+
+    def subparser_init(self, subparsers: Any) -> Any:
+        from vllm import EngineArgs
+
+        parser = subparsers.add_parser(
+            self.name,
+            help="Answer files of prompts.",
+            description="Answer a JSONL file, one object a line: prompt (text or token ids) or"
+            " messages; optionally id, proxy_alpha and any field of vllm.SamplingParams.\n"
+            "Answers come as JSONL in the order of the lines. --seed also seeds the lines that"
+            " name no seed.",
+            usage="proxy-vllm generate BASE --expert E --antiexpert A -i prompts.jsonl"
+            " -o out.jsonl [options]",
+            epilog="--help=all lists every option, --help=WORD those that match.",
+        )
+        EngineArgs.add_cli_args(parser)
+        parser.add_argument("model_tag", nargs="?", metavar="BASE", help="the large model")
+        add_proxy_arguments(parser)
+        _add_batch_arguments(parser)
+        # An explicit --seed is told from vLLM's default; its statistics are for servers.
+        parser.set_defaults(model=None, seed=None, disable_log_stats=True)
+        return parser
+
+
+def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Batch", "Batch: files, sampling and replicas")
+    group.add_argument(
+        "-i",
+        "--input",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="JSONL, or - for standard input; with --replicas also Parquet and folders, repeatable",
+    )
+    group.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="JSONL, or - for standard output; with --replicas a folder",
+    )
+    existing = group.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume", action="store_true", help="keep the answers that are there, add the others"
+    )
+    existing.add_argument(
+        "--overwrite", action="store_true", help="replace the answers that are there"
+    )
+    group.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="a line that cannot be answered ends the run with status 2 once the lines before it"
+        " are written (fail, the default), or goes to OUTPUT.errors.jsonl, and the run ends with"
+        " status 1 (skip)",
+    )
+    for name, (kind, default, text) in _SAMPLING.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=default,
+            help=f"of lines that name none: {text}",
+        )
+    group.add_argument("--token-ids", action="store_true", help="add token_ids to the answers")
+    group.add_argument("--chat-template", metavar="FILE", help="for messages; default the base's")
+    group.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    group.add_argument(
+        "--replicas",
+        type=int,
+        metavar="N",
+        help="run N engines on Ray, each with --tensor-parallel-size GPUs",
+    )
+    group.add_argument(
+        "--ray-address",
+        metavar="ADDR",
+        help="Ray cluster to use, such as auto or ray://host:10001; a local one if not given",
+    )
+    group.add_argument(
+        "--block-rows",
+        type=int,
+        default=256,
+        metavar="N",
+        help="with --replicas: lines of one block, the unit of work and of one output file",
+    )
+
+
+def sampling_defaults(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of ``SamplingParams`` for lines that do not set them, checked."""
+    from proxy_vllm.batch_request import check_field, sampling_params
+
+    given = {name: getattr(args, name) for name in (*_SAMPLING, "seed")}
+    defaults = {
+        name: check_field(name, value) for name, value in given.items() if value is not None
+    }
+    sampling_params(defaults)
+    return defaults
+
+
+def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of ``ProxyLLM`` that the command line describes."""
+    from vllm import EngineArgs
+
+    if args.seed is None:
+        args.seed = 0
+    engine = EngineArgs.from_cli_args(args)
+    proxy = proxy_config(args)
+    return {
+        **{field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)},
+        **{field.name: getattr(proxy, field.name) for field in dataclasses.fields(proxy)},
+        "speculative_tokens": args.speculative_tokens,
+        "chat_template": args.chat_template,
+    }
+
+
+def file_job(args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
+    """The ``FileJob`` that the command line describes."""
+    from proxy_vllm.batch_file import FileJob
+
+    if len(args.input) > 1:
+        raise UserError("--input: one file at a time; --replicas reads several, on Ray")
+    return FileJob(
+        source=args.input[0],
+        target=args.output,
+        defaults=defaults,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        skip_errors=args.on_error == "skip",
+        token_ids=args.token_ids,
+        show_progress=not args.no_progress,
+    )
+
+
+def start_llm(args: argparse.Namespace) -> Any:
+    from proxy_vllm import ProxyLLM
+
+    return ProxyLLM(**llm_arguments(args))
+
+
+def cmd_init() -> list[CLISubcommand]:
+    return [GenerateSubcommand()]

@@ -1,0 +1,199 @@
+"""Streams of requests through an engine that is scripted, so that its timing is known."""
+
+import random
+import threading
+
+import pytest
+from scripted_llm import PROXY, ScriptedLLM, lines
+
+from proxy_vllm.batch import BatchGenerator
+from proxy_vllm.batch_request import parse_request
+from proxy_vllm.errors import UserError
+
+
+def texts(results):
+    return [r.output["text"] if r.output else None for r in results]
+
+
+def test_results_come_in_input_order_each_as_soon_as_it_can():
+    llm = ScriptedLLM(max_num_seqs=8)
+    seen = [(r.output["text"], llm.steps) for r in BatchGenerator(llm).run(lines(2, 9, 1, 4, 12))]
+    # P1 does not wait for the others; P3 and P4 wait for P2 alone.
+    assert seen == [("P1", 2), ("P2", 9), ("P3", 9), ("P4", 9), ("P5", 12)]
+
+
+def test_random_lengths_keep_the_order_and_never_run_the_engine_empty():
+    rng = random.Random(0)
+    llm = ScriptedLLM(max_num_seqs=4)
+    steps = [rng.randint(1, 30) for _ in range(300)]
+    results = list(BatchGenerator(llm).run(lines(*steps)))
+    assert texts(results) == [f"P{i}" for i in range(1, 301)]
+    assert [r.completion_tokens for r in results] == steps
+    assert llm.most_live == 8 and llm.empty_steps == 0
+    # Sequences beside one another all the time, not one batch after another.
+    assert llm.steps < 1.2 * sum(steps) / 8
+
+
+def test_input_is_read_only_as_far_as_there_is_room():
+    read = 0
+
+    def endless():
+        nonlocal read
+        for read in range(1, 10**9):
+            yield read, {"prompt": "x", "max_tokens": 1000 if read == 1 else 1}
+
+    results = BatchGenerator(ScriptedLLM(), max_running=4, max_held=20).run(endless())
+    next(results)  # line 1 holds all others back for 1000 steps
+    assert read == 20
+    results.close()
+
+
+def test_sequences_count_not_requests():
+    llm = ScriptedLLM()
+    items = [(i, {"prompt": "x", "n": 3, "max_tokens": 2}) for i in range(1, 9)]
+    results = list(BatchGenerator(llm, max_running=6).run(items))
+    assert llm.most_live == 6
+    assert [len(r.output["outputs"]) for r in results] == [3] * 8
+    assert results[0].output == {
+        "id": 1,
+        "outputs": [{"text": "X", "finish_reason": "length", "completion_tokens": 2}] * 3,
+        "prompt_tokens": 1,
+        "completion_tokens": 6,
+        "proxy_alpha": 1.5,
+    }
+
+
+def test_bad_lines_harm_no_other():
+    llm = ScriptedLLM(failing=["p6"])
+    items = [
+        *lines(3, 1),
+        (3, {"prompt": "too long"}),
+        (4, UserError("not JSON")),
+        (5, {"id": "five", "prompt": "poison"}),
+        (6, {"prompt": "p6", "max_tokens": 1}),
+        (7, {"id": [], "prompt": "x"}),
+        (8, {"id": "eight", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}),
+    ]
+    results = list(BatchGenerator(llm).run(items))
+    assert [(r.number, r.id) for r in results] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, None),
+        (5, "five"),
+        (6, 6),
+        (7, None),
+        (8, "eight"),
+    ]
+    assert texts(results) == ["P1", "P2", None, None, None, None, None, "HI"]
+    reasons = [r.error for r in results if r.error]
+    assert reasons[:3] == ["the prompt is longer than the model", "not JSON", "cannot be sent"]
+    assert not llm.live
+
+
+def test_stop_on_error_reads_no_further_and_finishes_what_runs():
+    read = []
+    items = [*lines(5, 9), (3, UserError("bad")), *((i, {"prompt": "x"}) for i in range(4, 99))]
+    source = (read.append(item[0]) or item for item in items)
+    results = list(BatchGenerator(ScriptedLLM(), stop_on_error=True).run(source))
+    assert texts(results) == ["P1", "P2", None] and read == [1, 2, 3]
+
+
+def test_leaving_early_empties_the_engine():
+    llm = ScriptedLLM()
+    results = BatchGenerator(llm).run(lines(1, 50, 50))
+    next(results)
+    assert llm.live
+    results.close()
+    assert not llm.live
+
+
+def test_a_source_that_waits_for_an_answer_gets_it():
+    """A pipe whose other end sends a line only when the one before is answered."""
+    answered = threading.Semaphore(1)
+
+    def conversation():
+        for item in lines(3, 2, 1):
+            assert answered.acquire(timeout=20)
+            yield item
+
+    results = []
+    for result in BatchGenerator(ScriptedLLM()).run(conversation(), background=True):
+        results.append(result)
+        answered.release()
+    assert texts(results) == ["P1", "P2", "P3"]
+
+
+def test_a_failing_source_fails_the_run():
+    def broken():
+        yield 1, {"prompt": "x"}
+        raise UserError("cannot read on")
+
+    with pytest.raises(UserError, match="cannot read on"):
+        list(BatchGenerator(ScriptedLLM()).run(broken(), background=True))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ({}, "prompt or messages"),
+        ({"prompt": "x", "messages": [{"role": "user"}]}, "prompt or messages"),
+        ({"prompt": ""}, "prompt is ''"),
+        ({"prompt": 5}, "prompt is 5"),
+        ({"prompt": [5, "6"]}, "prompt holds '6'"),
+        ({"prompt": [5, True]}, "prompt holds True"),
+        ({"messages": []}, r"messages is \[\]"),
+        ({"messages": ["hi"]}, "messages holds 'hi'"),
+        ({"prompt": "x", "max_tokns": 5}, "max_tokns is not a known field"),
+        ({"prompt": "x", "output_kind": 1}, "output_kind is not a known field"),
+        ({"prompt": "x", "id": 1.5}, "id is 1.5"),
+        ({"prompt": "x", "id": True}, "id is True"),
+        ({"prompt": "x", "temperature": "1"}, "temperature is '1'.* number"),
+        ({"prompt": "x", "temperature": True}, "temperature is True.* number"),
+        ({"prompt": "x", "temperature": -1}, "temperature must be non-negative"),
+        ({"prompt": "x", "temperature": float("inf")}, "temperature is inf.*finite"),
+        ({"prompt": "x", "max_tokens": 2.5}, "max_tokens is 2.5.* integer"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"prompt": "x", "seed": 2**64}, "seed is 18446744073709551616.*64 bits"),
+        ({"prompt": "x", "stop": ["a", 1]}, "stop is "),
+        ({"prompt": "x", "stop": [""]}, "stop cannot contain an empty string"),
+        ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias is "),
+        ({"prompt": "x", "structured_outputs": {"regexp": "a"}}, "structured_outputs.regexp"),
+        ({"prompt": "x", "structured_outputs": {"regex": 1}}, "structured_outputs is "),
+        ({"prompt": "x", "n": 2, "temperature": 0}, "n must be 1"),
+        ({"prompt": "x", "proxy_alpha": 11}, "proxy_alpha is 11: it must lie in"),
+        ({"prompt": "x", "proxy_alpha": "1"}, "proxy_alpha is '1': it must be a number"),
+        ({"prompt": "x", "proxy_alpha": float("nan")}, "proxy_alpha is nan.*finite"),
+    ],
+)
+def test_a_refusal_names_the_field(line, message):
+    with pytest.raises(UserError, match=message):
+        parse_request(1, line, PROXY, {})
+
+
+def test_fields_reach_the_sampling_parameters():
+    request = parse_request(
+        7,
+        {
+            "prompt": [5, 6],
+            "id": None,  # null counts as absent
+            "top_p": None,
+            "temperature": 1,
+            "stop": "end",
+            "logit_bias": {"3": -1},
+            "structured_outputs": {"regex": "a+"},
+            "proxy_alpha": 0,
+            "extra_args": {"mine": 1},
+        },
+        PROXY,
+        {"top_p": 0.5, "temperature": 0.3},
+    )
+    params = request.params
+    assert (request.id, request.prompt, request.alpha) == (7, [5, 6], 0.0)
+    assert (params.top_p, params.temperature, params.stop) == (0.5, 1.0, ["end"])
+    assert params.logit_bias == {3: -1.0} and params.structured_outputs.regex == "a+"
+    assert params.extra_args == {"proxy_alpha": 0.0, "mine": 1}
+
+
+def test_the_servers_alpha_holds_where_a_line_names_none():
+    assert parse_request(1, {"prompt": "x"}, PROXY, {}).alpha == 1.5
