@@ -210,3 +210,18 @@ def test_of_a_hub_model_only_config_json_is_fetched(trio, tmp_path):
     assert "14.96" in done.stdout
     assert {path.rsplit("/", 1)[1] for path in Hub.asked} == {"config.json"}
     assert "UserError: small/model: no such folder here, and the hub gave no" in missing.stderr
+
+
+def test_through_the_command_a_fault_is_one_line_and_status_2(trio, tmp_path, capsys):
+    from proxy_vllm.cli.main import main
+
+    out = tmp_path / "plan.json"
+    main(["plan", *trio, "--gpu", "h200", "--json", str(out)])
+    assert json.loads(out.read_text())["step_ms"] == pytest.approx(4.69, rel=4e-3)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", *trio, "--gpu", "voodoo2"])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1
+    assert err[0].startswith("proxy-vllm: error: unknown GPU 'voodoo2'")
