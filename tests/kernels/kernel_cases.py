@@ -1,0 +1,87 @@
+"""Inputs that the kernel tests share, and the comparison with the reference."""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from proxy_vllm.kernels import reference
+
+
+@dataclass
+class Case:
+    base: torch.Tensor
+    expert: torch.Tensor
+    antiexpert: torch.Tensor
+    alpha: torch.Tensor
+    temperature: torch.Tensor
+    seeds: torch.Tensor
+    positions: torch.Tensor
+
+    def arguments(self) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def to(self, device: torch.device) -> "Case":
+        return Case(*(tensor.to(device) for tensor in self.arguments()))
+
+
+def make_case(
+    rows: int,
+    vocab: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    extra: tuple[int, int] = (0, 0),  # columns of expert and antiexpert beyond the base's
+    scale: float = 3.0,
+    lattice: float | None = None,  # round every logit to multiples, so that float32 is exact
+    greedy_every: int = 0,
+    seed: int = 0,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def logits(width):
+        values = torch.randn(rows, width, generator=generator) * scale
+        if lattice is not None:
+            values = (values / lattice).round() * lattice
+        return values.to(dtype)
+
+    base, expert, antiexpert = logits(vocab), logits(vocab + extra[0]), logits(vocab + extra[1])
+    alpha = torch.rand(rows, generator=generator) * 2
+    temperature = torch.rand(rows, generator=generator) + 0.4
+    if lattice is not None:
+        alpha = (alpha * 2).round() / 2
+        temperature = 2.0 ** torch.randint(-1, 2, (rows,), generator=generator).float()
+    if greedy_every:
+        temperature[::greedy_every] = 0
+    seeds = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
+    positions = torch.randint(0, 200_000, (rows,), generator=generator)
+    return Case(base, expert, antiexpert, alpha, temperature, seeds, positions)
+
+
+def make_filters(rows: int, *, seed: int = 1, kinds: str = "kpm") -> dict[str, torch.Tensor]:
+    """Filters of which every row has its own mixture, off in some."""
+    generator = torch.Generator().manual_seed(seed)
+    off = torch.rand(rows, 3, generator=generator) < 0.3
+    top_k = torch.randint(1, 80, (rows,), generator=generator, dtype=torch.int32)
+    top_p = torch.rand(rows, generator=generator) * 0.9 + 0.08
+    min_p = torch.rand(rows, generator=generator) * 0.2
+    top_k[off[:, 0]] = 0
+    top_p[off[:, 1]] = 1
+    min_p[off[:, 2]] = 0
+    named = {"k": ("top_k", top_k), "p": ("top_p", top_p), "m": ("min_p", min_p)}
+    return dict(named[kind] for kind in kinds)
+
+
+def assert_tokens(tokens: torch.Tensor, case: Case, tolerance: float = 2e-4, **filters) -> None:
+    """Every token is the argmax of the float64 reference, up to float32 rounding of its score."""
+    tokens = tokens.cpu()
+    scores = reference.scores(*case.arguments(), **filters)
+    assert tokens.dtype == torch.int64
+    assert tokens.shape == (scores.shape[0],)
+    assert ((tokens >= 0) & (tokens < scores.shape[1])).all(), tokens
+    reached = scores.gather(1, tokens[:, None])[:, 0]
+    best = scores.max(dim=1).values
+    wrong = ~((best - reached <= tolerance) | (best == reached))
+    assert not wrong.any(), (wrong.nonzero().flatten(), best[wrong] - reached[wrong])
+
+
+def on(device: torch.device, filters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in filters.items()}
