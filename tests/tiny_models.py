@@ -114,6 +114,6 @@ def make_trio(root: Path, **base_args) -> dict[str, str]:
     """A base and two smaller models of one shape that differ in their weights."""
     return {
         "model": make_model(root / "base", seed=1, **base_args),
-        "expert": make_model(root / "expert", seed=2, hidden=32, heads=1, layers=1),
-        "antiexpert": make_model(root / "antiexpert", seed=3, hidden=32, heads=1, layers=1),
+        "expert": make_model(root / "expert", seed=2, heads=2, kv_heads=1, layers=1),
+        "antiexpert": make_model(root / "antiexpert", seed=3, heads=2, kv_heads=1, layers=1),
     }

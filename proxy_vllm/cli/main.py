@@ -1,5 +1,6 @@
 """Entry point of the `proxy-vllm` command."""
 
+import argparse
 import os
 import sys
 from importlib import import_module
@@ -55,6 +56,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> None:
+    if argv[0] == "plan":  # arithmetic on configuration files: runs where vLLM is not installed
+        _dispatch(argv, argparse.ArgumentParser(prog="proxy-vllm"))
+        return
     from proxy_vllm.config import check_vllm_version
 
     check_vllm_version()
@@ -62,7 +66,10 @@ def _run(argv: list[str]) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli_env_setup()
-    parser = FlexibleArgumentParser(prog="proxy-vllm")
+    _dispatch(argv, FlexibleArgumentParser(prog="proxy-vllm"))
+
+
+def _dispatch(argv: list[str], parser: argparse.ArgumentParser) -> None:
     subparsers = parser.add_subparsers(required=True, dest="subparser")
     commands = {c.name: c for c in import_module(f"proxy_vllm.cli.{argv[0]}").cmd_init()}
     for command in commands.values():
