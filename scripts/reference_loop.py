@@ -9,13 +9,16 @@ Three models, three KV caches, one token at a time, no vLLM and nothing of proxy
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Prompt = Sequence[int]
+# Takes the tokens generated so far and the combined logits [V], and returns the logits to take
+# the next token from: penalties, biases, masks.
+Process = Callable[[list[int], torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -64,15 +67,17 @@ def greedy(
     max_tokens: int,
     alpha: float = 1.0,
     stop_ids: Sequence[int] = (),
+    process: Process | None = None,
 ) -> tuple[list[int], list[torch.Tensor]]:
     """Greedy continuation of one prompt.
 
     Args:
         prompt: token ids, or a dictionary of token ids for each role.
         stop_ids: token ids that end the text; the ending token is kept, as in vLLM.
+        process: what happens to the combined logits before the largest is taken.
 
     Returns:
-        The generated ids, and the combined logits ``[V]`` (float32) that each was taken from.
+        The generated ids, and the combined logits ``[V]`` (float32) at each, before ``process``.
     """
     caches, logits = [], []
     for model, ids in zip(trio.models(), prompts_of(prompt)):
@@ -83,7 +88,8 @@ def greedy(
     while True:
         combined = combine(*logits, alpha)
         steps.append(combined)
-        tokens.append(int(combined.argmax()))
+        chosen = combined if process is None else process(tokens, combined.clone())
+        tokens.append(int(chosen.argmax()))
         if len(tokens) == max_tokens or tokens[-1] in stop_ids:
             return tokens, steps
         for i, model in enumerate(trio.models()):
