@@ -37,7 +37,8 @@ class ProxyModelRunner(GPUModelRunner):
         output = sampler.output_of(sampler.sample_fused(logits, input_batch), input_batch)
         if len(rows):
             part, index = select_rows(input_batch, rows, self.device)
-            combined = combine_logits(*(x[index] for x in logits), alpha[index])
+            base, expert, antiexpert = (x[index] for x in logits)
+            combined = combine_logits(base, expert, antiexpert, alpha[index])
             if grammar_output is not None:
                 self.structured_outputs_worker.apply_grammar_bitmask(
                     combined, part, grammar_ids, grammar_output.grammar_bitmask

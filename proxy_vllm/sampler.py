@@ -97,8 +97,11 @@ class ProxySampler(Sampler):
         def used(state, off) -> torch.Tensor | None:
             return state.gpu if np.any(state.np[rows] != off) else None
 
+        base, expert, antiexpert = logits
         return proxy_sample(
-            *logits,
+            base,
+            expert,
+            antiexpert,
             self.alpha.gpu,
             states.temperature.gpu,
             states.seeds.gpu,
