@@ -113,7 +113,6 @@ def test_extreme_rows(device, stage, rounds):
     tile_max = torch.stack([part.max(1).values for part in x.split(128, 1)], 1)
     finite = torch.where(x > -torch.inf, x, torch.inf)
     tile_min = torch.stack([part.min(1).values for part in finite.split(128, 1)], 1)
-    filters = {"top_k": top_k} if stage == "count" else {"top_p": top_p}
     state = find_thresholds(
         x.to(device),
         stage,

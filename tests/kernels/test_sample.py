@@ -9,7 +9,7 @@ from proxy_vllm.kernels.combine_sample import proxy_sample
 
 
 def vllm_tokens(case: Case, logits, use_fp64=False, top_k=None, top_p=None, min_p=None):
-    """vLLM's sampler on `logits`: temperature, min-p and noise by its kernels, sort for the rest."""
+    """vLLM on `logits`: temperature, min-p and noise by its kernels, its sort for the rest."""
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
     from vllm.v1.worker.gpu.sample.gumbel import apply_temperature, gumbel_sample
     from vllm.v1.worker.gpu.sample.min_p import apply_min_p
