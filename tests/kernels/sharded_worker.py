@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("PROXY_VLLM_CPU_RUNNER", "v2")
 
 import proxy_vllm  # noqa: E402, F401  # isort: skip
+import interpreter_speed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from kernel_cases import make_case, make_filters  # noqa: E402
@@ -23,6 +24,7 @@ def even(columns: int, padded: int) -> list[tuple[int, int]]:
 
 
 def main() -> None:
+    interpreter_speed.install()
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
     )

@@ -12,7 +12,7 @@ from proxy_vllm.kernels import reference
 from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.sharded import Exchange, ShardedSampler, merge_shards, realign_columns
 
-ROWS, VOCAB = 9, 333
+ROWS, VOCAB = 5, 333
 KINDS = ["", "m", "k", "p", "kpm"]
 CASE = {"rows": ROWS, "vocab": VOCAB, "extra": (17, -9), "greedy_every": 4}
 # Uneven on purpose; with 4 ranks one shard is a single column and the last is empty.
