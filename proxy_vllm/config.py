@@ -35,6 +35,9 @@ class ProxyConfig:
             ``{"dtype": "float32", "quantization": "fp8", "revision": "main"}``.
         antiexpert_args: the same for the antiexpert.
         allow_tokenizer_mismatch: serve members whose tokenizers disagree on a token id.
+        fused_head_max_batch: up to this many rows, steps of greedy and plain temperature rows draw
+            tokens straight from the head weights (Model Runner V2, one rank). 0 is off, the default
+            until the crossover has been measured on a GPU.
     """
 
     expert: str
@@ -44,6 +47,7 @@ class ProxyConfig:
     expert_args: dict[str, Any] = field(default_factory=dict)
     antiexpert_args: dict[str, Any] = field(default_factory=dict)
     allow_tokenizer_mismatch: bool = False
+    fused_head_max_batch: int = 0
 
     def __post_init__(self) -> None:
         for role in ("expert", "antiexpert"):

@@ -25,6 +25,7 @@ class ProxyLLM(LLM):
         alpha_range: lowest and highest ``proxy_alpha`` that a request may ask for.
         expert_args, antiexpert_args: ``vllm.config.ModelConfig`` fields of one member alone.
         allow_tokenizer_mismatch: serve members whose tokenizers disagree on a token id.
+        fused_head_max_batch: see ``proxy_vllm.config.ProxyConfig``.
         speculative_tokens: draft this many tokens a step with the expert.
         **kwargs: any argument of ``vllm.LLM``.
 
@@ -50,6 +51,7 @@ class ProxyLLM(LLM):
         expert_args: dict[str, Any] | None = None,
         antiexpert_args: dict[str, Any] | None = None,
         allow_tokenizer_mismatch: bool = False,
+        fused_head_max_batch: int = 0,
         speculative_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -63,6 +65,7 @@ class ProxyLLM(LLM):
             expert_args=expert_args or {},
             antiexpert_args=antiexpert_args or {},
             allow_tokenizer_mismatch=allow_tokenizer_mismatch,
+            fused_head_max_batch=fused_head_max_batch,
         )
         kwargs = validate_trio({**kwargs, "model": str(model)}, self.proxy_config)
         kwargs = apply_to_engine_args(

@@ -13,7 +13,7 @@ from vllm.sequence import IntermediateTensors
 from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
 from proxy_vllm.formula import combine_logits
-from proxy_vllm.heads import ShardedHeads, Shards
+from proxy_vllm.heads import FusedHeads, ShardedHeads, Shards
 from proxy_vllm.members import (
     build_member,
     load_member,
@@ -60,6 +60,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         if get_pp_group().is_last_rank and ShardedHeads.supports(self.members()):
             self.sharded_heads = ShardedHeads(self.members(), self.vocab_size)
         self.weights_loaded = False
+        self.fused_heads: FusedHeads | None = None
         # Hidden size of each member, known when it has run once (some project after their norm).
         self._widths: tuple[int, ...] = ()
 
@@ -144,6 +145,20 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         if self.sharded_heads is not None:
             return self.sharded_heads.local(hidden)
         return [member.compute_logits(h) for member, h in zip(self.members(), hidden)]
+
+    def prepare_fused_heads(self) -> None:
+        """Set ``fused_heads`` once the weights are in their final form.
+
+        Raises:
+            UserError: a member's head cannot be read as one weight matrix.
+        """
+        dtypes = [self.member_configs[role].model_config.dtype for role in ROLES]
+        if not FusedHeads.supports(self.members(), dtypes):
+            raise UserError(
+                "--fused-head-max-batch: a member's output head is quantised, sharded or more than"
+                " one product; leave the option out"
+            )
+        self.fused_heads = FusedHeads(self.members())
 
     def combine(
         self,
