@@ -124,7 +124,10 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
     def _pack(self, hidden: list[torch.Tensor], alpha: torch.Tensor | None) -> torch.Tensor:
         if alpha is None:
             alpha = torch.full(
-                (hidden[0].shape[0],), self.proxy_config.alpha, device=hidden[0].device
+                (hidden[0].shape[0],),
+                self.proxy_config.alpha,
+                dtype=torch.float32,
+                device=hidden[0].device,
             )
         self._widths = tuple(h.shape[-1] for h in hidden)
         bits = alpha.contiguous()[:, None].view(self.hidden_dtype)  # [T, 1] or [T, 2]
@@ -138,7 +141,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         hidden = [
             h.to(self.member_configs[role].model_config.dtype) for role, h in zip(ROLES, hidden)
         ]
-        return hidden, bits.contiguous().view(torch.float32).squeeze(-1)
+        # A copy, so that its start is aligned for float32 whatever the widths before it.
+        return hidden, bits.clone(memory_format=torch.contiguous_format).view(torch.float32)[:, 0]
 
     def logits_for_sampling(self, hidden: list[torch.Tensor]) -> list[torch.Tensor] | Shards:
         """Logits of each member: whole, ``3 x [N, V_m]``, or this rank's columns of them."""
