@@ -218,8 +218,8 @@ class Bench:
             context=args.input_len + args.output_len // 2, dtype_bytes=DTYPE_BYTES[args.dtype],
         ).step_ms  # fmt: skip
         tpot = figures["tpot_ms"]
-        share = round(least / tpot["p50"], 4) if tpot and tpot["p50"] else None
-        return {"gpu": key, "batch": batch, "step_ms": round(least, 4), "share": share}
+        share = float(f"{least / tpot['p50']:.4g}") if tpot and tpot["p50"] else None
+        return {"gpu": key, "batch": batch, "step_ms": float(f"{least:.5g}"), "share": share}
 
     def _fail(self, cells: list[dict], reason: str) -> None:
         for cell in cells:

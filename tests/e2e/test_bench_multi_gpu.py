@@ -1,4 +1,4 @@
-"""The scale-out benchmark, the decode-step benchmark and the logprob client, end to end on a CPU."""
+"""The benchmarks of scale-out and of a decode step, and the logprob client, on a CPU."""
 
 import json
 import math
@@ -199,7 +199,8 @@ def test_a_row_counts_from_the_first_start_to_the_last_end(bench):
     cache = 2 * 5 * (2 * 2 * 64 + 2 * 2 * 32)
     logits = 2 * 3 * 111
     least = 4 * (base + 2 * small + cache + logits) / 4.3e12 * 1e3
-    assert math.isclose(one["floor"]["share"], least / 5.0, rel_tol=0.05, abs_tol=1e-4)
+    assert math.isclose(one["floor"]["step_ms"], least, rel_tol=0.02)  # norms are not in `least`
+    assert math.isclose(one["floor"]["share"], least / 5.0, rel_tol=0.02)
     assert one["floor"]["gpu"] == "h200"
 
 

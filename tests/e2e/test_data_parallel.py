@@ -1,5 +1,6 @@
 """Two data-parallel engines behind one server: each asked by its rank, against the loop."""
 
+import contextlib
 import json
 import os
 import re
@@ -18,9 +19,7 @@ from reference_loop import Trio, greedy
 pytestmark = pytest.mark.slow
 
 if os.environ.get("PROXY_VLLM_CPU_RUNNER") == "v2":
-    pytest.skip(
-        "one server is enough: data parallel lies above the runner", allow_module_level=True
-    )
+    pytest.skip("data parallel lies above the runner: once is enough", allow_module_level=True)
 
 START_SECONDS = 800
 
@@ -92,14 +91,10 @@ class Server:
 
     def end(self) -> None:
         self.process.send_signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(90)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 @pytest.fixture(scope="module")
