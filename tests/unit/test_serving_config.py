@@ -124,3 +124,46 @@ def test_every_documented_option_is_one_of_the_parser(parser):
         words = shlex.split(line.split("proxy-vllm serve", 1)[1], comments=True)
         members = ["base", "--expert", "e", "--antiexpert", "a"]
         parser.parse_args(["serve", *members, *words[1:]])  # exits for an option it does not know
+
+
+class TestRayServe:
+    """The Ray Serve application, as far as it goes without a cluster."""
+
+    @pytest.fixture
+    def options(self, trio):
+        return f"{trio['model']} --expert {trio['expert']} --antiexpert {trio['antiexpert']}"
+
+    @staticmethod
+    def resources(options):
+        from proxy_vllm.serving import app
+
+        return app({"options": options})._bound_deployment.ray_actor_options
+
+    def test_a_replica_takes_a_gpu_a_rank_or_a_core(self, options, monkeypatch):
+        from vllm.platforms import current_platform
+
+        layout = f"{options} --tensor-parallel-size 2 --pipeline-parallel-size 3"
+        monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+        assert self.resources(layout) == {"num_cpus": 1, "num_gpus": 6}
+        assert self.resources(options)["num_gpus"] == 1
+        monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
+        assert self.resources(layout) == {"num_cpus": 6, "num_gpus": 0}
+
+    @pytest.mark.parametrize(
+        ("more", "culprit"),
+        [
+            ("--no-such-option 3", "no-such-option"),
+            ("--data-parallel-size 2", "num_replicas"),
+            ("--nnodes 2", "num_replicas"),
+        ],
+    )
+    def test_options_that_a_replica_cannot_have_are_one_line(self, options, more, culprit):
+        with pytest.raises(UserError, match=culprit) as refused:
+            self.resources(f"{options} {more}")
+        assert "\n" not in str(refused.value)
+
+    def test_other_settings_are_named(self):
+        from proxy_vllm.serving import app
+
+        with pytest.raises(UserError, match="replicas"):
+            app({"options": "x", "replicas": 2})
