@@ -53,7 +53,8 @@ def parse(options: str | Sequence[str]) -> argparse.Namespace:
 class ProxyServer:
     """One engine, and vLLM's OpenAI application before it."""
 
-    async def __init__(self, options: str | Sequence[str]) -> None:
+    # Ray Serve awaits it.
+    async def __init__(self, options: str | Sequence[str]) -> None:  # type: ignore[misc]
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
         from vllm.entrypoints.launchers.app import build_app
@@ -90,4 +91,5 @@ def app(args: dict[str, Any]) -> serve.Application:
     ranks = parsed.tensor_parallel_size * parsed.pipeline_parallel_size
     gpus = 0 if current_platform.is_cpu() else ranks
     actor = {"num_cpus": 1 if gpus else ranks, "num_gpus": gpus}
-    return ProxyServer.options(ray_actor_options=actor).bind(args["options"])
+    deployment: Any = ProxyServer
+    return deployment.options(ray_actor_options=actor).bind(args["options"])
