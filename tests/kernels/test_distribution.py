@@ -2,7 +2,7 @@
 
 The interpreter draws tens of tokens a second, so on a CPU the default run draws 120,000 tokens of a
 mixture with the reference, whose noise and kept sets are the kernels', and holds the kernels to the
-same tokens at the first of those positions. `slow` and `gpu` tests draw from the kernels alone.
+same tokens at the first of those positions. `gpu` tests draw from the kernels alone.
 """
 
 import pytest
@@ -94,15 +94,6 @@ def test_the_test_notices_a_wrong_distribution():
     other = torch.softmax(row_of_logits()[0][0].double(), 0)
     with pytest.raises(AssertionError):
         assert_fits(draws, other)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "min-p, top-k, top-p"])
-def test_frequencies_of_the_kernels_alone(device, name):
-    filters = MIXTURES[name]
-    number = 100_000 if name == "plain" else 10_000
-    draws = [draw_by_kernel(filters, 5000, device, first) for first in range(0, number, 5000)]
-    assert_fits(torch.cat(draws), expected(filters))
 
 
 @pytest.mark.gpu
