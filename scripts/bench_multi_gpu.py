@@ -16,6 +16,7 @@ choice. The Markdown table (.md) and the plot (.png) are written beside the JSON
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -124,6 +125,8 @@ def main() -> None:
 
     from proxy_vllm.errors import UserError
 
+    # An end by SIGTERM must end servers and replicas too, which `finally` does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = parse()
     try:
         path = save_path(args.json) if args.json else None

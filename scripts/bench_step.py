@@ -138,7 +138,8 @@ def measure(models: list[str], args: argparse.Namespace) -> dict:
 
 def cuda_graphs(llm) -> str:
     """The mode that vLLM settled on; NONE on a CPU or with enforce_eager."""
-    return llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name
+    mode = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
+    return getattr(mode, "name", str(mode))
 
 
 def check(models: list[str], args: argparse.Namespace) -> dict:
