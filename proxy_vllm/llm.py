@@ -67,7 +67,11 @@ class ProxyLLM(LLM):
             allow_tokenizer_mismatch=allow_tokenizer_mismatch,
             fused_head_max_batch=fused_head_max_batch,
         )
-        kwargs = validate_trio({**kwargs, "model": str(model)}, self.proxy_config)
+        kwargs = validate_trio(
+            {**kwargs, "model": str(model)},
+            self.proxy_config,
+            speculative_tokens=speculative_tokens,
+        )
         kwargs = apply_to_engine_args(
             kwargs, self.proxy_config, speculative_tokens=speculative_tokens
         )

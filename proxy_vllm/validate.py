@@ -1,5 +1,6 @@
 """Checks of a trio before any engine process starts: one clear line instead of a worker's trace."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 T = TypeVar("T")
+
+# Load formats that read weight files from the model's folder, and what they look for there.
+_FILE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "mistral", "npcache", "pt")
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 
 # Model arguments that a composite of three models cannot honour.
 _REFUSED = {
@@ -41,12 +46,15 @@ def _reading(role: str, name: str, read: Callable[[], T]) -> T:
         raise UserError(f"{role} {name!r} cannot be used: {reason}") from error
 
 
-def validate_trio(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str, Any]:
+def validate_trio(
+    kwargs: dict[str, Any], proxy: ProxyConfig, *, speculative_tokens: int | None = None
+) -> dict[str, Any]:
     """Check that base, expert and antiexpert can run as one model.
 
     Args:
         kwargs: engine arguments of the base, as for ``vllm.EngineArgs``.
         proxy: the small members.
+        speculative_tokens: how many tokens a step the expert shall draft, if any.
 
     Returns:
         The arguments, with ``max_model_len`` set to the shortest member's limit where the user
@@ -69,7 +77,11 @@ def validate_trio(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str, Any]:
     configs = member_configs(kwargs, proxy)
     for role, config in configs.items():
         check_architecture(role, config)
+    for role, config in configs.items():
+        check_weights(role, config.model, str(kwargs.get("load_format") or "auto"))
     check_tensor_parallel(configs, int(kwargs.get("tensor_parallel_size") or 1))
+    if speculative_tokens:
+        check_draft_vocabulary(configs)
     max_model_len = _fit_length(kwargs.get("max_model_len"), configs)
     if not proxy.allow_tokenizer_mismatch and not kwargs.get("skip_tokenizer_init"):
         check_tokenizers(configs)
@@ -122,16 +134,77 @@ def check_architecture(role: str, config: "ModelConfig") -> None:
         )
 
 
+def check_weights(role: str, folder: str, load_format: str) -> None:
+    """Refuse a local model folder whose weights are missing or cut short.
+
+    vLLM finds that out in a worker, after minutes for a large base. Folders of other load formats
+    and models of the hub are left to vLLM.
+    """
+    root = Path(folder)
+    if load_format not in _FILE_FORMATS or not root.is_dir():
+        return
+    found = [file for pattern in _WEIGHT_FILES for file in root.glob(pattern)]
+    index = root / "model.safetensors.index.json"
+    if index.exists() and not any(root.glob("consolidated*.safetensors")):
+        shards = _reading(
+            role, folder, lambda: set(json.loads(index.read_text())["weight_map"].values())
+        )
+        if missing := sorted(shards - {file.name for file in found}):
+            raise UserError(
+                f"{role} {folder!r}: {len(missing)} of {len(shards)} weight files are missing,"
+                f" first {missing[0]}: complete the download"
+            )
+    if not found:
+        raise UserError(
+            f"{role} {folder!r}: the folder holds no weights ({', '.join(_WEIGHT_FILES)})"
+        )
+    for file in found:
+        if file.suffix == ".safetensors" and not _is_whole_safetensors(file):
+            raise UserError(
+                f"{role} {folder!r}: {file.name} is cut short or no safetensors file:"
+                " download it again (a Git LFS pointer wants `git lfs pull`)"
+            )
+
+
+def _is_whole_safetensors(file: Path) -> bool:
+    """Whether a file is as long as its header says: 8 bytes of header size, header, tensors."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        header_size = int.from_bytes(opened.read(8), "little")
+        if size < 8 or header_size > size - 8:
+            return False
+        try:
+            header = json.loads(opened.read(header_size))
+            ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return False
+    return size == 8 + header_size + max(ends, default=0)
+
+
+def check_draft_vocabulary(configs: "dict[str, ModelConfig]") -> None:
+    """Refuse an expert that cannot draft, because vLLM wants one vocabulary size for that."""
+    base, expert = (configs[role].get_vocab_size() for role in ("base", "expert"))
+    if base != expert:
+        raise UserError(
+            f"--speculative-tokens drafts with the expert, whose vocabulary of {expert} differs"
+            f" from the base's of {base}: leave the option out"
+        )
+
+
 def _fit_length(asked: int | str | None, configs: "dict[str, ModelConfig]") -> int | None:
     """The length to serve, or None to leave vLLM's choice; refuse one that a member cannot hold."""
+    import vllm.envs
+
     limits = {role: config.max_model_len for role, config in configs.items()}
     shortest = min(limits, key=lambda role: limits[role])
     if asked in (None, -1, "auto"):
         return limits[shortest] if limits[shortest] < limits["base"] else None
-    for role in ROLES[1:]:
-        if int(asked) > limits[role]:
+    # vLLM lets a user stretch the base, and no other model.
+    stretched = ("base",) if vllm.envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN else ()
+    for role, limit in limits.items():
+        if role not in stretched and int(asked) > limit:
             raise UserError(
-                f"{role} {configs[role].model!r} holds at most {limits[role]} tokens, but"
+                f"{role} {configs[role].model!r} holds at most {limit} tokens, but"
                 f" --max-model-len is {asked}: pass --max-model-len {limits[shortest]} or less"
             )
     return None

@@ -102,8 +102,8 @@ def apply_to_namespace(args: argparse.Namespace) -> None:
     if not getattr(args, "model", None):
         raise UserError("a base model is needed: name its folder or hub name first")
     proxy = proxy_config(args)
-    kwargs = apply_to_engine_args(
-        validate_trio(vars(args), proxy), proxy, speculative_tokens=args.speculative_tokens
-    )
+    drafts = args.speculative_tokens
+    kwargs = validate_trio(vars(args), proxy, speculative_tokens=drafts)
+    kwargs = apply_to_engine_args(kwargs, proxy, speculative_tokens=drafts)
     for name, value in kwargs.items():
         setattr(args, name, value)

@@ -1,0 +1,271 @@
+"""What a user can get wrong before the server starts: one line, exit status 2, no traceback."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+from tiny_models import make_model, save_tokenizer
+
+from proxy_vllm.cli.main import main
+from proxy_vllm.errors import UserError
+
+SMALL = {"hidden": 32, "heads": 1, "layers": 1}
+
+
+class Started(Exception):
+    """Every check has passed, and a server would start now."""
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch):
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    def start(args):
+        raise Started
+
+    monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(start))
+
+
+def write_config(folder: Path, config: transformers.PretrainedConfig, architecture: str) -> str:
+    """A model folder without weights."""
+    config.architectures = [architecture]
+    config.save_pretrained(folder)
+    save_tokenizer(folder, 111)
+    return str(folder)
+
+
+SIZES = {
+    "vocab_size": 111,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """A good trio, and one bad member of each kind."""
+    root = tmp_path_factory.mktemp("bad")
+    made = {
+        "base": make_model(root / "base", seed=1),
+        "expert": make_model(root / "expert", seed=2, **SMALL),
+        "antiexpert": make_model(root / "antiexpert", seed=3, **SMALL),
+        "three heads": make_model(root / "three", hidden=96, heads=3, layers=1),
+        "short": make_model(root / "short", max_len=128, **SMALL),
+        "renamed": make_model(root / "renamed", renamed={40: "forty", 77: "w7", 7: "w77"}, **SMALL),
+        "128 tokens": make_model(root / "more", vocab=128, **SMALL),
+        "no such folder": str(root / "nowhere"),
+    }
+    for name in ("no config", "broken config", "no weights", "cut weights", "no tokenizer"):
+        made[name] = make_model(root / name.replace(" ", "_"), **SMALL)
+        folder = Path(made[name])
+        if name == "no config":
+            (folder / "config.json").unlink()
+        elif name == "broken config":
+            (folder / "config.json").write_text('{"model_type": "llama", ')
+        elif name == "no weights":
+            (folder / "model.safetensors").unlink()
+        elif name == "no tokenizer":
+            (folder / "tokenizer.json").unlink()
+            (folder / "tokenizer_config.json").unlink()
+        else:
+            whole = (folder / "model.safetensors").read_bytes()
+            (folder / "model.safetensors").write_bytes(whole[:-100])
+    made["Git LFS pointer"] = make_model(root / "pointer", **SMALL)
+    (root / "pointer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    made["lost shard"] = make_model(root / "lost", **SMALL)
+    shards = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (root / "lost/model.safetensors.index.json").write_text(json.dumps(shards))
+    made["odd architecture"] = make_model(root / "odd", **SMALL)
+    config = json.loads((root / "odd/config.json").read_text())
+    config["architectures"] = ["LlamaForFortuneTelling"]
+    (root / "odd/config.json").write_text(json.dumps(config))
+    window = transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=32)
+    made["window"] = str(root / "window")
+    transformers.MistralForCausalLM(window).save_pretrained(root / "window")
+    save_tokenizer(root / "window", 111)
+    made["mamba"] = write_config(
+        root / "mamba",
+        transformers.MambaConfig(vocab_size=111, hidden_size=64, num_hidden_layers=2),
+        "MambaForCausalLM",
+    )
+    made["encoder"] = write_config(
+        root / "encoder",
+        transformers.BertConfig(**SIZES),
+        "BertModel",
+    )
+    made["t5"] = write_config(
+        root / "t5",
+        transformers.T5Config(vocab_size=111, d_model=64, num_layers=1, num_heads=2),
+        "T5ForConditionalGeneration",
+    )
+    return made
+
+
+# What is wrong, the options that say so, and what the one line must tell.
+CASES = {
+    "missing base": ({"base": "no such folder"}, [], ["base", "nowhere", "no such folder"]),
+    "missing expert": ({"expert": "no such folder"}, [], ["expert", "nowhere", "no such folder"]),
+    "unknown hub name": ({"expert": "nobody/nothing"}, [], ["expert", "'nobody/nothing'"]),
+    "no config": ({"antiexpert": "no config"}, [], ["antiexpert", "no_config", "config.json"]),
+    "broken config": ({"expert": "broken config"}, [], ["expert", "broken_config", "JSON"]),
+    "no weights": ({"expert": "no weights"}, [], ["expert", "no_weights", "no weights"]),
+    "no weights in the base": ({"base": "no weights"}, [], ["base", "no_weights", "no weights"]),
+    "weights cut short": ({"expert": "cut weights"}, [], ["expert", "model.safetensors", "short"]),
+    "Git LFS pointer": ({"expert": "Git LFS pointer"}, [], ["expert", "git lfs pull"]),
+    "lost shard": ({"base": "lost shard"}, [], ["base", "1 of 2", "model-2.safetensors"]),
+    "no tokenizer": ({"expert": "no tokenizer"}, [], ["tokenizer", "expert", "no_tokenizer"]),
+    "unknown architecture": (
+        {"antiexpert": "odd architecture"},
+        [],
+        ["antiexpert", "LlamaForFortuneTelling"],
+    ),
+    "tokenizers disagree": (
+        {"antiexpert": "renamed"},
+        [],
+        [
+            *("base and antiexpert", "3 token ids", "--allow-tokenizer-mismatch"),
+            *("7: 'w7' / 'w77'", "40: 'w40' / 'forty'"),
+        ],
+    ),
+    "short member": (
+        {"expert": "short"},
+        ["--max-model-len", "200"],
+        ["expert", "short", "at most 128", "--max-model-len is 200", "--max-model-len 128 or less"],
+    ),
+    "short base": ({"base": "short"}, ["--max-model-len", "200"], ["base", "at most 128"]),
+    "sliding window": ({"expert": "window"}, [], ["expert", "window", "sliding", "32"]),
+    "state space": ({"expert": "mamba"}, [], ["expert", "mamba", "attention"]),
+    "not generating": ({"antiexpert": "encoder"}, [], ["antiexpert", "encoder"]),
+    "encoder-decoder": ({"antiexpert": "t5"}, [], ["antiexpert", "t5"]),
+    "heads and tensor parallel": (
+        {"expert": "three heads"},
+        ["--tensor-parallel-size", "2"],
+        ["expert", "three", "3 attention heads", "--tensor-parallel-size 2"],
+    ),
+    "lora": ({}, ["--enable-lora"], ["enable_lora", "LoRA", "merge"]),
+    "own worker": ({}, ["--worker-cls", "some.Worker"], ["worker_cls", "some.Worker"]),
+    "alpha nan": ({}, ["--alpha", "nan"], ["alpha", "'nan'", "finite"]),
+    "alpha inf": ({}, ["--alpha=-inf"], ["alpha", "'-inf'", "finite"]),
+    "alpha word": ({}, ["--alpha", "strong"], ["alpha", "'strong'", "number"]),
+    "alpha out of range": ({}, ["--alpha", "11"], ["alpha is 11", "-10 .. 10", "--alpha-range"]),
+    "alpha range": ({}, ["--alpha-range", "2", "1"], ["alpha range 2.0 .. 1.0"]),
+    "unknown member setting": (
+        {},
+        ["--expert-args", '{"dtpye": "float32"}'],
+        ["expert", "dtpye"],
+    ),
+    "unknown dtype of a member": (
+        {},
+        ["--antiexpert-args", '{"dtype": "float33"}'],
+        ["antiexpert", "float33"],
+    ),
+    "draft of another vocabulary": (
+        {"expert": "128 tokens"},
+        ["--speculative-tokens", "2"],
+        ["--speculative-tokens", "expert", "128", "111"],
+    ),
+    "no drafts": ({}, ["--speculative-tokens", "-1"], ["--speculative-tokens is -1"]),
+    "two ways to speculate": (
+        {},
+        ["--speculative-tokens", "2", "--speculative-config", '{"method": "ngram"}'],
+        ["--speculative-tokens and --speculative-config"],
+    ),
+}
+
+
+def argv(folders: dict[str, str], members: dict[str, str], options: list[str]) -> list[str]:
+    names = {"base": "base", "expert": "expert", "antiexpert": "antiexpert", **members}
+    base, expert, antiexpert = (folders.get(name, name) for name in names.values())
+    return [
+        *("serve", base, "--expert", expert, "--antiexpert", antiexpert),
+        *("--dtype", "float32", *options),
+    ]
+
+
+def refused(arguments: list[str], capfd) -> str:
+    """Run a command that must be refused, and return its one line."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    captured = capfd.readouterr()
+    assert exit.value.code == 2, captured.err
+    assert "Traceback" not in captured.err + captured.out
+    errors = re.findall(r"^proxy-vllm: error: (.*)$", captured.err, re.MULTILINE)
+    assert len(errors) == 1, captured.err
+    assert captured.err.rstrip().endswith(errors[0]), "something follows the one line"
+    return errors[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_with_one_line(name, folders, capfd):
+    members, options, tells = CASES[name]
+    line = refused(argv(folders, members, options), capfd)
+    print(name, "=>", line)
+    assert len(line) < 600
+    for part in tells:
+        assert part in line
+
+
+PASSING = {
+    "the good trio": ({}, []),
+    "tokenizers disagree, allowed": ({"antiexpert": "renamed"}, ["--allow-tokenizer-mismatch"]),
+    "short member, no length asked": ({"expert": "short"}, []),
+    "short member, its length asked": ({"expert": "short"}, ["--max-model-len", "128"]),
+    "window cut off": ({"expert": "window"}, ["--disable-sliding-window"]),
+    "more tokens in the expert": ({"expert": "128 tokens"}, []),
+    "no weights, none loaded": ({"expert": "no weights"}, ["--load-format", "dummy"]),
+    "two heads in two shards": (
+        {"expert": "base", "antiexpert": "base"},
+        ["--tensor-parallel-size", "2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_not_refused(name, folders):
+    """The checks above refuse what they name and nothing beside it."""
+    with pytest.raises(Started):
+        main(argv(folders, *PASSING[name]))
+
+
+def test_wrong_vllm_version(folders, capfd, monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.31.1+cpu")
+    line = refused(argv(folders, {}, []), capfd)
+    for part in ("0.31.1+cpu", "0.32.0", "pip install"):
+        assert part in line
+
+
+def test_unknown_runner(folders, capfd, monkeypatch):
+    monkeypatch.setenv("PROXY_VLLM_CPU_RUNNER", "v3")
+    assert "PROXY_VLLM_CPU_RUNNER='v3'" in refused(argv(folders, {}, []), capfd)
+
+
+def test_members_must_be_named(folders, capfd):
+    with pytest.raises(SystemExit) as exit:
+        main(["serve", folders["base"], "--expert", folders["expert"]])
+    assert exit.value.code == 2
+    assert "--antiexpert" in capfd.readouterr().err
+
+
+def test_python_api_raises_user_errors(folders):
+    from proxy_vllm import ProxyLLM
+
+    good = {role: folders[role] for role in ("expert", "antiexpert")}
+    for changes, tells in (
+        ({"expert": folders["no weights"]}, "no weights"),
+        ({"antiexpert": folders["renamed"]}, "disagree on 3 token ids"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"enable_lora": True}, "enable_lora"),
+        ({"expert": folders["short"], "max_model_len": 129}, "at most 128"),
+        ({"expert": ""}, "expert"),
+        ({"hf_overrides": lambda config: config}, "hf_overrides"),
+    ):
+        with pytest.raises(UserError, match=tells) as error:
+            ProxyLLM(model=folders["base"], **{**good, "dtype": "float32", **changes})
+        assert "\n" not in str(error.value)
