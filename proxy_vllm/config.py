@@ -143,6 +143,7 @@ def apply_to_engine_args(
     from vllm.platforms import current_platform
 
     from proxy_vllm.envs import cpu_runner
+    from proxy_vllm.prompts import SCHEDULER
 
     out = dict(kwargs)
     overrides = out.get("hf_overrides") or {}
@@ -161,6 +162,9 @@ def apply_to_engine_args(
     out["worker_cls"] = (
         "proxy_vllm.cpu_worker.ProxyCPUWorker" if on_cpu else "proxy_vllm.worker.ProxyWorker"
     )
+
+    if out.get("scheduler_cls") is None and not (on_cpu and cpu_runner() == "v1"):
+        out["scheduler_cls"] = SCHEDULER
 
     if speculative_tokens:
         if out.get("speculative_config"):
