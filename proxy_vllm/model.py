@@ -128,7 +128,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         slot_mapping = get_forward_context().slot_mapping
         outputs = []
         for i, (member, own) in enumerate(zip(self.members(), members, strict=True)):
-            if own.absent:
+            if own.absent and self._widths:
                 shape = (own.input_ids.shape[0], self._widths[i])
                 outputs.append(own.positions.new_zeros(shape, dtype=self.hidden_dtype))
                 continue

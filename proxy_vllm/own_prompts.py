@@ -243,26 +243,27 @@ class OwnPromptState:
         metadata: dict[str, Any] = {}
         for m, (role, inputs) in enumerate(zip(ROLES, members, strict=True)):
             mine, order = self._batch_of(m, role, batch, inputs)
-            if mine is None:
-                inputs.absent = True
-                continue
             tables = tuple(table[order] for table in block_tables)
             metadata |= prepare(mine, tables, inputs.slots[None], of_role(attn_groups, role))
         return Step(batch, members), metadata
 
     def _batch_of(
         self, m: int, role: str, batch: InputBatch, inputs: MemberInputs
-    ) -> tuple[InputBatch | None, torch.Tensor]:
-        """One model's own batch, and the batch rows of its requests."""
+    ) -> tuple[InputBatch, torch.Tensor]:
+        """One model's own batch, and the batch rows of its requests.
+
+        A model that has no row at all gets one that writes nothing, in case it must run.
+        """
         scheduled = batch.num_scheduled_tokens
         pads = self.pads.np[m, batch.idx_mapping_np]
         seq_lens = batch.num_computed_tokens_np + scheduled - pads
         counts = np.clip(seq_lens, 0, scheduled)
+        inputs.absent = not counts.any()
+        if inputs.absent:
+            counts[0] = seq_lens[0] = 1
         order = np.flatnonzero(counts)
         # As vLLM orders a batch: shortest queries first.
         order = order[np.argsort(counts[order], kind="stable")]
-        if not len(order):
-            return None, torch.empty(0, dtype=torch.int64)
         seq_lens, counts = seq_lens[order], counts[order]
         starts = seq_lens - counts
         total = int(counts.sum())
@@ -298,6 +299,8 @@ class OwnPromptState:
             num_tokens_padded=len(inputs.slots),
             out=self.slots[m : m + 1],
         )
+        if inputs.absent:
+            inputs.slots.fill_(PAD_SLOT_ID)
         if total < batch.num_tokens or not np.array_equal(rows, np.arange(total)):
             inputs.rows = rows_gpu
         prefill_lens = np.maximum(batch.prefill_len_np[order] - pads[order], 0)

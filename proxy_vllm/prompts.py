@@ -1,7 +1,7 @@
 """Each model its own prompt: what such a request is, and what an engine must be to run it.
 
-The request that vLLM's scheduler sees is as long as the longest of the three prompts, ``L``. A model
-whose prompt has ``n`` tokens is ``pad = L - n`` behind: engine position ``p`` is its position
+The request that vLLM's scheduler sees is as long as the longest of the three prompts, ``L``. A
+model whose prompt has ``n`` tokens is ``pad = L - n`` behind: engine position ``p`` is its position
 ``p - pad``, and it stores its token ``s`` in slot ``s`` of the request's block list.
 """
 

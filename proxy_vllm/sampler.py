@@ -148,9 +148,7 @@ def select_rows(
         seq_lens=input_batch.seq_lens[index],
         seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(rows)],
         logits_indices=input_batch.logits_indices[index],
-        cu_num_logits=torch.arange(
-            count + 1, dtype=input_batch.cu_num_logits.dtype, device=device
-        ),
+        cu_num_logits=torch.arange(count + 1, dtype=input_batch.cu_num_logits.dtype, device=device),
         cu_num_logits_np=starts,
     )
     return batch, index

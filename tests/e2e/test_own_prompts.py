@@ -1,4 +1,4 @@
-"""Each model its own prompt: token-exact against three separate models, whatever the scheduler does.
+"""Each model its own prompt: token-exact against three models, whatever the scheduler does.
 
 Own prompts need Model Runner V2; on the V1 runner only the refusal is tested.
 """
@@ -11,6 +11,7 @@ import torch
 from conftest import RUNNER
 from engines import SMALL, greedy_params, prompt_ids, running
 from reference_loop import Trio, greedy
+from vllm import SamplingParams
 
 BLOCK = SMALL["block_size"]
 KEYS = {"expert": "proxy_expert_prompt", "antiexpert": "proxy_antiexpert_prompt"}
@@ -76,15 +77,185 @@ LENGTHS = [
 
 
 @v2
-@pytest.mark.parametrize("budget", [96, 32, 7])
-def test_every_mix_of_lengths(trio, reference, budget):
-    """Chunks larger and smaller than the differences; caching on, so blocks are also reused."""
+@pytest.mark.parametrize("budget, sequences", [(96, 8), (32, 4), (8, 2)])
+def test_every_mix_of_lengths(trio, reference, budget, sequences):
+    """Chunks larger and smaller than the differences; the second round reuses cached blocks."""
     alphas = [1.0, 0.5, -1.0, 0.0, 2.0]
-    with running(**trio, max_num_batched_tokens=max(budget, 8), max_num_seqs=8 if budget > 8 else 2) as llm:
+    with running(**trio, max_num_batched_tokens=budget, max_num_seqs=sequences) as llm:
         for i in range(0, len(LENGTHS), 7):
-            group = LENGTHS[i : i + 7]
-            prompts = [prompts_of(n, seed=100 + i + j) for j, n in enumerate(group)]
+            prompts = [prompts_of(n, seed=100 + i + j) for j, n in enumerate(LENGTHS[i : i + 7])]
             prompts.insert(3, prompts_of((45, None, None), seed=200 + i))
             mixed = [alphas[(i + j) % 5] for j in range(len(prompts))]
             check(llm, reference, prompts, mixed)
             check(llm, reference, prompts, mixed[::-1])
+
+
+@v2
+def test_without_prefix_caching(trio, reference):
+    prompts = [prompts_of(n, seed=300 + i) for i, n in enumerate(LENGTHS[4:9])]
+    with running(**trio, enable_prefix_caching=False, max_num_batched_tokens=40) as llm:
+        check(llm, reference, [*prompts, *prompts], max_tokens=8)
+
+
+@v2
+def test_random_lengths_arriving_while_others_run(trio, reference):
+    """Requests join in the middle of others, so prompts of one meet decodes of another."""
+    rng = random.Random(7)
+
+    def some() -> int:
+        return rng.choice([1, 2, 30, 31, 32, 33, 63, 64, 65, rng.randint(1, 150)])
+
+    prompts = [prompts_of((some(), some(), rng.choice([None, some()])), seed=i) for i in range(12)]
+    prompts[4:4] = [prompts_of((some(), None, None), seed=50)]
+    alphas = [rng.choice([1.0, 0.5, -1.0, 0.0]) for _ in prompts]
+    lengths = [rng.randint(2, 40) for _ in prompts]
+    tokens: dict[str, list[int]] = {}
+    with running(**trio, max_num_batched_tokens=48, max_num_seqs=4) as llm:
+        engine, waiting = llm.llm_engine, list(range(len(prompts)))
+        while waiting or engine.has_unfinished_requests():
+            if waiting and rng.random() < 0.4:
+                i = waiting.pop(0)
+                params = params_of(prompts[i], lengths[i], alphas[i])
+                engine.add_request(str(i), {"prompt_token_ids": base_of(prompts[i])}, params)
+            for output in engine.step():
+                tokens[output.request_id] = list(output.outputs[0].token_ids)
+    for i, prompt in enumerate(prompts):
+        assert tokens[str(i)] == greedy(reference, prompt, lengths[i], alphas[i])[0], i
+
+
+@v2
+def test_preemption(trio, reference):
+    """Requests that outgrow the cache are preempted, and rebuild all three caches."""
+    lengths = [(30, 45, None), (35, 20, None), (28, None, 60), (31, 2, 33), (20, None, None)]
+    prompts = [prompts_of(n, seed=400 + i) for i, n in enumerate(lengths)]
+    with running(
+        **trio, num_gpu_blocks_override=12, disable_log_stats=False, max_num_batched_tokens=32
+    ) as llm:
+        check(llm, reference, prompts, [1.0, 0.5, -1.0, 2.0, 1.0], max_tokens=60)
+        preempted = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    assert preempted > 0
+
+
+@pytest.fixture(scope="module")
+def cached(trio):
+    with running(**trio) as llm:
+        yield llm
+
+
+@v2
+@pytest.mark.parametrize("role", ["base", "expert", "antiexpert"])
+@pytest.mark.parametrize("lengths", [(70, 70, 70), (70, 100, 80), (100, 70, 101)])
+def test_cache_is_keyed_by_all_three_prompts(cached, reference, role, lengths):
+    """Requests that agree in two prompts and differ in the first token of the third share none."""
+    cached.reset_prefix_cache()
+    first = prompts_of(lengths, seed=500)
+    other = {**first, role: [first[role][0] % 100 + 5, *first[role][1:]]}
+    assert other != first
+    (cold,) = check(cached, reference, [first])
+    (warm,) = check(cached, reference, [first])
+    (miss,) = check(cached, reference, [other])
+    assert (cold.num_cached_tokens, miss.num_cached_tokens) == (0, 0)
+    # Blocks of prompt tokens of all three models are reused, counted as the base counts.
+    shared = min(lengths) // BLOCK * BLOCK
+    assert warm.num_cached_tokens == max(0, shared - (max(lengths) - lengths[0]))
+    (plain,) = check(cached, reference, [first["base"]])
+    assert plain.num_cached_tokens == 0
+
+
+@v2
+def test_cache_ends_where_generated_tokens_begin(cached, reference):
+    """A model that is behind writes generated tokens into blocks that the scheduler holds for full.
+
+    Requests with one set of prompts that answer differently must not meet in such a block.
+    """
+    cached.reset_prefix_cache()
+    prompt = prompts_of((40, 130, None), seed=510)
+    together = check(cached, reference, [prompt] * 4, [1.0, -1.0, 0.5, 0.0], max_tokens=70)
+    assert len({tuple(o.outputs[0].token_ids) for o in together}) == 4
+    later = check(cached, reference, [prompt] * 2, [2.0, 1.0], max_tokens=70)
+    assert {o.num_cached_tokens for o in later} == {0}
+
+
+@v2
+def test_a_longer_prompt_reuses_the_common_beginning(cached, reference):
+    """Also the generated tokens of an earlier turn, where all prompts grow alike."""
+    cached.reset_prefix_cache()
+    turn = prompts_of((64, 64, None), seed=520)
+    (first,) = check(cached, reference, [turn], max_tokens=40)
+    said = list(first.outputs[0].token_ids) + prompt_ids([9], seed=521)[0]
+    following = {role: ids + said for role, ids in turn.items()}
+    (second,) = check(cached, reference, [following])
+    assert second.num_cached_tokens == 96
+
+
+@v2
+def test_several_answers_to_one_request(cached, reference):
+    """Every sampled token has the probability that the three models give it after the others."""
+    prompt = prompts_of((40, 75, 20), seed=530)
+    params = params_of(prompt, 40, 0.5)
+    params = SamplingParams(
+        n=3,
+        temperature=1.5,
+        seed=3,
+        max_tokens=40,
+        logprobs=0,
+        extra_args=params.extra_args,
+        ignore_eos=True,
+    )
+    (output,) = cached.generate([{"prompt_token_ids": prompt["base"]}], params, use_tqdm=False)
+    answers = [list(o.token_ids) for o in output.outputs]
+    assert len({tuple(a) for a in answers}) == 3
+    for tokens, answer in zip(answers, output.outputs, strict=True):
+
+        def forced(done: list[int], logits: torch.Tensor, tokens: list[int] = tokens):
+            return torch.nn.functional.one_hot(torch.tensor(tokens[len(done)]), len(logits))
+
+        same, steps = greedy(reference, prompt, 40, 0.5, process=forced)
+        assert same == tokens
+        for token, logits, got in zip(tokens, steps, answer.logprobs, strict=True):
+            want = float(logits.log_softmax(-1)[token])
+            assert got[token].logprob == pytest.approx(want, abs=2e-4)
+
+
+@v2
+def test_penalties_see_the_tokens_of_the_base_prompt(cached, reference):
+    """The padding adds no token to those that a repetition penalty pushes down."""
+    prompt = prompts_of((5, 60, None), seed=540)
+    (output,) = cached.generate(
+        [{"prompt_token_ids": prompt["base"]}],
+        params_of(prompt, 20, 1.0, repetition_penalty=1.8),
+        use_tqdm=False,
+    )
+
+    def penalise(generated: list[int], logits: torch.Tensor) -> torch.Tensor:
+        seen = sorted({*prompt["base"], *generated})
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 1.8, logits[seen] * 1.8)
+        return logits
+
+    want, _ = greedy(reference, prompt, 20, 1.0, process=penalise)
+    assert list(output.outputs[0].token_ids) == want
+
+
+@v2
+def test_logprobs_of_sampled_tokens(cached, reference):
+    prompt = prompts_of((33, 12, 60), seed=550)
+    (output,) = cached.generate(
+        [{"prompt_token_ids": prompt["base"]}],
+        params_of(prompt, 6, 0.5, logprobs=2),
+        use_tqdm=False,
+    )
+    tokens, steps = greedy(reference, prompt, 6, 0.5)
+    assert list(output.outputs[0].token_ids) == tokens
+    for token, logits, got in zip(tokens, steps, output.outputs[0].logprobs, strict=True):
+        assert got[token].logprob == pytest.approx(float(logits.log_softmax(-1)[token]), abs=2e-4)
+
+
+@v2
+def test_the_longest_prompt_meets_the_length_limit(cached, reference):
+    """256 positions: an expert prompt of 250 tokens leaves room for 6, whatever the base holds."""
+    prompt = prompts_of((10, 250, None), seed=560)
+    (output,) = cached.generate(
+        [{"prompt_token_ids": prompt["base"]}], params_of(prompt, 30, 1.0), use_tqdm=False
+    )
+    assert list(output.outputs[0].token_ids) == greedy(reference, prompt, 6, 1.0)[0]
+    assert output.outputs[0].finish_reason == "length"
