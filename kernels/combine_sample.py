@@ -6,7 +6,7 @@
 Launches, all on a grid set by shapes alone:
 1. `combine_kernel`, one program a tile: rows without top-k or top-p get their tile's winner here,
    from a single read of the logits; the others get their scaled logits written once as float32.
-2. With top-k or top-p: `select.find_thresholds`, then `filtered_kernel` draws the tile's winner
+2. With top-k or top-p: `thresholds.find_thresholds`, then `filtered_kernel` draws the tile's winner
    among the kept; tiles that keep nothing are not read.
 3. `winner_kernel`, one program a row: the best of the tiles' winners. A min-p row knows its
    threshold only here; tiles whose winner min-p drops, yet keep another token, are drawn again
@@ -20,7 +20,8 @@ from vllm.triton_utils import triton
 
 from proxy_vllm.kernels.checks import check_logits, check_request_state
 from proxy_vllm.kernels.device import num_shared_columns, require_triton
-from proxy_vllm.kernels.select import MAX_VOCAB, find_thresholds
+from proxy_vllm.kernels.select import MAX_VOCAB
+from proxy_vllm.kernels.thresholds import find_thresholds
 from proxy_vllm.kernels.tiles import (
     combine_kernel,
     combine_only_kernel,

@@ -46,6 +46,20 @@ def combine(
     return torch.where(keep_base, base, logits)
 
 
+def head_logits(
+    hidden: torch.Tensor,  # [B, d]
+    weight: torch.Tensor,  # [V, d]
+    soft_cap: float = 0.0,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:  # [B, V]
+    """An LM head as vLLM's LogitsProcessor applies it: product, soft cap (0: none), scale."""
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    return logits * scale
+
+
 def scaled(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     """[B, V] logits over the temperature [B]; greedy rows unscaled, NaN made -inf."""
     logits = torch.where(logits.isnan(), torch.full_like(logits, -torch.inf), logits)
@@ -86,7 +100,9 @@ def kept_row(
     return kept
 
 
-def murmur3_uniform(seed: int, position: int, token_ids: torch.Tensor) -> torch.Tensor:
+def murmur3_uniform(
+    seed: int, position: int | torch.Tensor, token_ids: torch.Tensor
+) -> torch.Tensor:
     """vLLM's float32 uniform of (seed, position, token id), as float64; murmur3_uniform32 there.
 
     murmur3_32 over the little-endian words seed low, seed high, position low, token id.
@@ -112,7 +128,7 @@ def murmur3_uniform(seed: int, position: int, token_ids: torch.Tensor) -> torch.
     return ((h.to(torch.float64) + 0.5) * 2.0**-32).to(torch.float32).to(torch.float64)
 
 
-def gumbel_noise(seed: int, position: int, token_ids: torch.Tensor) -> torch.Tensor:
+def gumbel_noise(seed: int, position: int | torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """float64 -log(-log(1 - u)) of vLLM's uniform; 1 - u is at least 2**-24, as there."""
     u = murmur3_uniform(seed, position, token_ids)
     survival = torch.clamp(1.0 - u, min=2.0**-24)

@@ -13,7 +13,6 @@ the bracket are not read again. `finish_kernel` ends what the rounds left open.
 Thresholds and brackets are float32 values as order-preserving integers (device.float_key).
 """
 
-import torch
 from vllm.triton_utils import tl, triton
 
 from proxy_vllm.kernels.device import _FLT_MAX, float_key, key_float, row_slot
@@ -28,9 +27,9 @@ _TARGET = tl.constexpr(2)
 _ABOVE = tl.constexpr(3)
 _DONE = tl.constexpr(4)
 
-# exp(x - max) in units of 2**-44: a row of up to 2**19 logits sums within int64.
+# exp(x - max) in units of 2**-44: a row of up to 2**19 - 1 logits sums within int64.
 _MASS_UNIT = tl.constexpr(17592186044416.0)
-MAX_VOCAB = 1 << 19
+MAX_VOCAB = (1 << 19) - 1
 # Below max - 31 a mass is zero units.
 _MASS_RANGE = tl.constexpr(31.0)
 
@@ -318,10 +317,10 @@ def finish_kernel(
     x_ptr,
     x_stride,
     state_ptr,  # [B, STATE_FIELDS] of the last round; the answers on return
-    totals_ptr,  # [B, num_tiles, NUM_PIVOTS]
-    ends_ptr,  # [B, num_tiles, 2]
+    totals_ptr,  # [B, num_parts, NUM_PIVOTS]
+    ends_ptr,  # [B, num_parts, 2]; the tiles' own where SEARCH
     lower_state_ptr,
-    row_max_ptr,  # [B, num_tiles]
+    row_max_ptr,  # [B, num_stats]
     row_to_request_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -329,15 +328,22 @@ def finish_kernel(
     min_p_ptr,
     num_cols,
     num_tiles,
+    num_parts,
+    num_stats,
     LAST_ROUND: tl.constexpr,
     MASS: tl.constexpr,
+    BY_KEY: tl.constexpr,
+    SEARCH: tl.constexpr,
     NUM_PIVOTS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    STATS: tl.constexpr,
 ):
-    """Searches on, one program a row, where the rounds have not closed the bracket.
+    """Takes in the last measurement; with SEARCH, then closes what the rounds left open.
 
-    Pivots evenly spaced in key end any search within 32 / log2(NUM_PIVOTS + 1) + 1 turns.
+    One program a row. Pivots evenly spaced in key end any search within
+    32 / log2(NUM_PIVOTS + 1) + 1 turns.
     """
     row = tl.program_id(0).to(tl.int64)
     lo, hi, target, above, done = _load_state(state_ptr, row)
@@ -347,112 +353,39 @@ def finish_kernel(
     _, _, top_p, min_p = row_filters(
         slot, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, num_cols
     )
-    maximum = row_max(row_max_ptr, row, num_tiles, TILES)
+    maximum = row_max(row_max_ptr, row, num_stats, STATS)
     lower_key = _lower_key(lower_state_ptr, row, maximum, min_p)
-    pivots = _pivots(lo, hi, LAST_ROUND == 0, False, NUM_PIVOTS)
-    totals, smallest, largest = _row_totals(totals_ptr, ends_ptr, row, num_tiles, TILES, NUM_PIVOTS)
+    pivots = _pivots(lo, hi, LAST_ROUND == 0, BY_KEY, NUM_PIVOTS)
+    totals, smallest, largest = _row_totals(totals_ptr, ends_ptr, row, num_parts, PARTS, NUM_PIVOTS)
     lo, hi, target, above, done = _advance(
         lo, hi, target, above, done, lower_key, pivots, totals, smallest, largest,
         top_p, LAST_ROUND == 0, MASS,
     )  # fmt: skip
-    tiles = tl.arange(0, TILES)
-    ends = ends_ptr + (row * num_tiles + tiles) * 2
-    tile_smallest = tl.load(ends, mask=tiles < num_tiles, other=float("inf"))
-    tile_largest = tl.load(ends + 1, mask=tiles < num_tiles, other=float("-inf"))
-    while done == 0:
-        pivots = _pivots(lo, hi, False, True, NUM_PIVOTS)
-        totals = tl.zeros((NUM_PIVOTS,), dtype=tl.int64)
-        smallest = float("inf")
-        largest = float("-inf")
-        left = (tile_smallest <= key_float(hi - 1)) & (tile_largest >= key_float(lo))
-        left = left.to(tl.int32)
-        while tl.max(left, axis=0) > 0:
-            tile = tl.argmax(left, axis=0)
-            left = tl.where(tiles == tile, 0, left)
-            cols = tile * TILE + tl.arange(0, TILE)
-            x = tl.load(x_ptr + row * x_stride + cols, mask=cols < num_cols, other=float("-inf"))
-            more, low, high = _measure(x, pivots, lo, hi, maximum, MASS)
-            totals += more
-            smallest = tl.minimum(smallest, low)
-            largest = tl.maximum(largest, high)
-        lo, hi, target, above, done = _advance(
-            lo, hi, target, above, done, lower_key, pivots, totals, smallest, largest,
-            top_p, False, MASS,
-        )  # fmt: skip
+    if SEARCH:
+        tiles = tl.arange(0, TILES)
+        ends = ends_ptr + (row * num_tiles + tiles) * 2
+        tile_smallest = tl.load(ends, mask=tiles < num_tiles, other=float("inf"))
+        tile_largest = tl.load(ends + 1, mask=tiles < num_tiles, other=float("-inf"))
+        while done == 0:
+            pivots = _pivots(lo, hi, False, True, NUM_PIVOTS)
+            totals = tl.zeros((NUM_PIVOTS,), dtype=tl.int64)
+            smallest = float("inf")
+            largest = float("-inf")
+            left = (tile_smallest <= key_float(hi - 1)) & (tile_largest >= key_float(lo))
+            left = left.to(tl.int32)
+            while tl.max(left, axis=0) > 0:
+                tile = tl.argmax(left, axis=0)
+                left = tl.where(tiles == tile, 0, left)
+                cols = tile * TILE + tl.arange(0, TILE)
+                x = tl.load(
+                    x_ptr + row * x_stride + cols, mask=cols < num_cols, other=float("-inf")
+                )
+                more, low, high = _measure(x, pivots, lo, hi, maximum, MASS)
+                totals += more
+                smallest = tl.minimum(smallest, low)
+                largest = tl.maximum(largest, high)
+            lo, hi, target, above, done = _advance(
+                lo, hi, target, above, done, lower_key, pivots, totals, smallest, largest,
+                top_p, False, MASS,
+            )  # fmt: skip
     _store_state(state_ptr, row, lo, hi, target, above, done)
-
-
-def find_thresholds(
-    x: torch.Tensor,  # [B, V] float32 scratch
-    stage: str,  # "count" (top-k) or "mass" (top-p)
-    lower_state: torch.Tensor | None,  # [B, STATE_FIELDS] of the stage before
-    tile_max: torch.Tensor,  # [B, num_tiles]
-    tile_min: torch.Tensor,
-    parameters: tuple[torch.Tensor | None, ...],
-    tile: int,
-    num_pivots: int,
-    num_rounds: int,
-    num_warps: int = 4,
-) -> torch.Tensor:
-    """State [B, STATE_FIELDS] int64 whose field 0 is the key of every row's threshold.
-
-    `parameters`: row_to_request, temperature, top_k, top_p, min_p. Rows without the stage's filter
-    take over the threshold of the stage before.
-    """
-    num_rows, vocab_size = x.shape
-    num_tiles = tile_max.shape[1]
-    tiles = triton.next_power_of_2(num_tiles)
-    mass = stage == "mass"
-    state = x.new_empty((2, num_rows, STATE_FIELDS), dtype=torch.int64)
-    totals = x.new_empty((2, num_rows, num_tiles, num_pivots), dtype=torch.int64)
-    ends = x.new_empty((2, num_rows, num_tiles, 2))
-    for index in range(num_rounds):
-        old, new = (index + 1) % 2, index % 2
-        round_kernel[(num_rows, num_tiles)](
-            x,
-            x.stride(0),
-            state[old],
-            totals[old],
-            ends[old],
-            totals[old],
-            ends[old],
-            state[new],
-            totals[new],
-            ends[new],
-            lower_state,
-            tile_max,
-            tile_min,
-            *parameters,
-            vocab_size,
-            vocab_size,
-            num_tiles,
-            num_tiles,
-            ROUND=min(index, 2),
-            MASS=mass,
-            BY_KEY=False,
-            NUM_PIVOTS=num_pivots,
-            TILE=tile,
-            PARTS=tiles,
-            STATS=tiles,
-            num_warps=num_warps,
-        )
-    last = (num_rounds - 1) % 2
-    finish_kernel[(num_rows,)](
-        x,
-        x.stride(0),
-        state[last],
-        totals[last],
-        ends[last],
-        lower_state,
-        tile_max,
-        *parameters,
-        vocab_size,
-        num_tiles,
-        LAST_ROUND=min(num_rounds - 1, 1),
-        MASS=mass,
-        NUM_PIVOTS=num_pivots,
-        TILE=tile,
-        TILES=tiles,
-        num_warps=num_warps,
-    )
-    return state[last]

@@ -14,7 +14,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from proxy_vllm.config import ProxyConfig
 from proxy_vllm.request import worker_alpha
 from proxy_vllm.runner import ProxyModelRunner
-from proxy_vllm.worker import ProxyWorkerMixin
+from proxy_vllm.worker import ProxyWorker
 
 
 class ProxyCPUModelRunner(CPUModelRunner):
@@ -40,7 +40,7 @@ class ProxyCPUModelRunnerV2(ProxyModelRunner, CPUModelRunnerV2):
     """Model Runner V2 on a CPU: the GPU's code path for tests."""
 
 
-class ProxyCPUWorker(ProxyWorkerMixin, CPUWorker):
+class ProxyCPUWorker(ProxyWorker, CPUWorker):
     """CPU worker of a proxy-tuned engine."""
 
     def init_device(self) -> None:

@@ -15,6 +15,7 @@ from vllm.sequence import IntermediateTensors
 from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
 from proxy_vllm.formula import combine_logits
+from proxy_vllm.heads import ShardedHeads, Shards
 from proxy_vllm.members import (
     build_member,
     load_member,
@@ -45,6 +46,10 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         self.vocab_size = vllm_config.model_config.get_vocab_size()
 
         self.member_configs = member_vllm_configs(vllm_config, self.proxy_config)
+        self.vocab_sizes = {
+            role: config.model_config.get_vocab_size()
+            for role, config in self.member_configs.items()
+        }
         own_prompts = obstacle(vllm_config) is None
         for role in ROLES:
             member = build_member(role, self.member_configs[role], maybe_prefix(prefix, role))
@@ -61,6 +66,9 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         dtypes = {config.model_config.dtype for config in self.member_configs.values()}
         # Any 16-bit hidden state passes through float32 unchanged.
         self.hidden_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        self.sharded_heads: ShardedHeads | None = None
+        if get_pp_group().is_last_rank and ShardedHeads.supports(self.members()):
+            self.sharded_heads = ShardedHeads(self.members(), self.vocab_size)
         self.weights_loaded = False
         # Hidden size of each member, known when it has run once (some project after their norm).
         self._widths: tuple[int, ...] = ()
@@ -109,7 +117,12 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
                         if name.startswith(f"{role}.")
                     }
                 )
-            outputs.append(member(input_ids, positions, intermediate_tensors=stage))
+            ids = input_ids
+            if ids is not None and self.vocab_sizes[role] < self.vocab_size:
+                # A token that a member's vocabulary lacks reads as its token 0; looked up, it
+                # would lie outside the embedding table.
+                ids = torch.where(ids < self.vocab_sizes[role], ids, 0)
+            outputs.append(member(ids, positions, intermediate_tensors=stage))
         if not get_pp_group().is_last_rank:
             return IntermediateTensors(
                 {
@@ -161,17 +174,35 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         ]
         return hidden, bits.contiguous().view(torch.float32).squeeze(-1)
 
-    def member_logits(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Logits of each member over its whole vocabulary, ``[N, V_m]``."""
+    def logits_for_sampling(self, hidden: list[torch.Tensor]) -> list[torch.Tensor] | Shards:
+        """Logits of each member: whole, ``3 x [N, V_m]``, or this rank's columns of them."""
+        if self.sharded_heads is not None:
+            return self.sharded_heads.local(hidden)
         return [member.compute_logits(h) for member, h in zip(self.members(), hidden)]
+
+    def combine(
+        self,
+        logits: list[torch.Tensor] | Shards,
+        alpha: torch.Tensor,  # [N] float32
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # [N or rows, V] float32
+        """The formula over what ``logits_for_sampling`` gave, for some rows or all."""
+        members = logits.logits if isinstance(logits, Shards) else logits
+        if rows is not None:
+            members, alpha = [m[rows] for m in members], alpha[rows]
+        if isinstance(logits, Shards):
+            assert self.sharded_heads is not None
+            return self.sharded_heads.combined(Shards(members, logits.vocab_start), alpha)
+        base, expert, antiexpert = members
+        return combine_logits(base, expert, antiexpert, alpha)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Combined logits ``[N, V]`` in float32 of rows that ``forward`` returned."""
         hidden, alpha = self.unpack(hidden_states)
-        base, expert, antiexpert = self.member_logits(hidden)
-        if base is None:  # a rank that does not receive the gathered logits
-            return None
-        return combine_logits(base, expert, antiexpert, alpha)
+        logits = self.logits_for_sampling(hidden)
+        if not isinstance(logits, Shards) and logits[0] is None:
+            return None  # vLLM gathers logits on one rank only where it cannot on all
+        return self.combine(logits, alpha)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the base from ``weights`` and the small members from their own checkpoints."""

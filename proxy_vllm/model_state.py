@@ -166,7 +166,8 @@ class ProxyModelState(DefaultModelState):
 
         if self.vllm_config.watermark_config is not None:
             return None  # vLLM's watermarking sampler draws the token itself
-        ours = ProxySampler(sampler, self.alpha)
+        heads = self.model.sharded_heads
+        ours = ProxySampler(sampler, self.alpha, heads.exchange if heads is not None else None)
         speculative = self.vllm_config.speculative_config
         if speculative is None:
             return ours, None

@@ -6,7 +6,6 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from proxy_vllm.formula import combine_logits
 from proxy_vllm.sampler import ProxySampler, merge, select_rows
 
 
@@ -49,11 +48,11 @@ class ProxyModelRunner(GPUModelRunner):
             return super().sample(hidden_states, input_batch, grammar_output)
 
         hidden, alpha = self.model.unpack(hidden_states[input_batch.logits_indices])
-        logits = self.model.member_logits(hidden)
+        logits = self.model.logits_for_sampling(hidden)
         output = sampler.output_of(sampler.sample_fused(logits, input_batch), input_batch)
         if len(rows):
             part, index = select_rows(input_batch, rows, self.device)
-            combined = combine_logits(*(x[index] for x in logits), alpha[index])
+            combined = self.model.combine(logits, alpha, index)
             if grammar_output is not None:
                 self.structured_outputs_worker.apply_grammar_bitmask(
                     combined, part, grammar_ids, grammar_output.grammar_bitmask

@@ -13,6 +13,7 @@ batch-sharded sampling, sampling-mask and trace replay, counting NaN logits.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +25,9 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
+from proxy_vllm.heads import Shards
 from proxy_vllm.kernels.combine_sample import proxy_sample
+from proxy_vllm.kernels.sharded import Exchange, ShardedSampler
 
 
 class ProxySampler(Sampler):
@@ -33,12 +36,14 @@ class ProxySampler(Sampler):
     Args:
         sampler: the sampler that vLLM made; its state is taken over, not copied.
         alpha: alpha of each request slot, a ``UvaBackedTensor`` ``[max_num_reqs]`` float32.
+        exchange: what tensor-parallel ranks talk through, where heads are sharded.
     """
 
-    def __init__(self, sampler: Sampler, alpha) -> None:
+    def __init__(self, sampler: Sampler, alpha, exchange: Exchange | None = None) -> None:
         # vLLM constructs its sampler before it asks for ours, and every buffer is in place.
         self.__dict__.update(sampler.__dict__)
         self.alpha = alpha
+        self.exchange = exchange
         self.needs_distribution = np.zeros_like(self.needs_logits_processing)
         self.fusable = (
             type(sampler) is Sampler
@@ -89,16 +94,32 @@ class ProxySampler(Sampler):
         return np.flatnonzero(needs)
 
     def sample_fused(
-        self, logits: list[torch.Tensor], input_batch: InputBatch
-    ) -> torch.Tensor:  # 3 x [B, V_m] -> [B] int64
-        """One token a row, from the members' logits, for a batch without draft tokens."""
+        self, logits: list[torch.Tensor] | Shards, input_batch: InputBatch
+    ) -> torch.Tensor:  # [B] int64
+        """One token a row for a batch without draft tokens.
+
+        Args:
+            logits: the members' logits, 3 x ``[B, V_m]``, or this rank's columns of them.
+        """
         states, rows = self.sampling_states, input_batch.idx_mapping_np
 
         def used(state, off) -> torch.Tensor | None:
             return state.gpu if np.any(state.np[rows] != off) else None
 
-        return proxy_sample(
-            *logits,
+        draw = proxy_sample
+        if isinstance(logits, Shards):
+            assert self.exchange is not None
+            draw = partial(
+                ShardedSampler(self.exchange).sample,
+                vocab_start=logits.vocab_start,
+                vocab_size=states.vocab_size,
+            )
+            logits = logits.logits
+        base, expert, antiexpert = logits
+        return draw(
+            base,
+            expert,
+            antiexpert,
             self.alpha.gpu,
             states.temperature.gpu,
             states.seeds.gpu,

@@ -1,6 +1,7 @@
 """Checks of a trio before any engine process starts: one clear line instead of a worker's trace."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -92,7 +93,7 @@ def member_configs(kwargs: dict[str, Any], proxy: ProxyConfig) -> "dict[str, Mod
         configs[role] = _reading(
             role,
             getattr(proxy, role),
-            lambda role=role: member_model_config(role, proxy, configs["base"]),
+            partial(member_model_config, role, proxy, configs["base"]),
         )
     return configs
 
@@ -161,7 +162,7 @@ def check_tokenizers(configs: "dict[str, ModelConfig]") -> None:
         tokenizer = _reading(
             f"tokenizer of the {role}",
             config.tokenizer,
-            lambda c=config: cached_tokenizer_from_config(c),
+            partial(cached_tokenizer_from_config, config),
         )
         vocabularies[role] = {index: token for token, index in tokenizer.get_vocab().items()}
     base = vocabularies["base"]

@@ -12,8 +12,8 @@ from proxy_vllm.members import kv_bytes_per_token, weight_bytes
 logger = init_logger(f"vllm.{__name__}")
 
 
-class ProxyWorkerMixin:
-    """What the CPU and the GPU worker have in common."""
+class ProxyWorker(Worker):
+    """GPU worker on Model Runner V2; the CPU worker differs in the runner that it makes."""
 
     def init_device(self) -> None:
         check_vllm_version()
@@ -62,10 +62,6 @@ class ProxyWorkerMixin:
                 for role, b in per_token.items()
             ),
         )
-
-
-class ProxyWorker(ProxyWorkerMixin, Worker):
-    """GPU worker on Model Runner V2."""
 
     def _make_model_runner(self):
         if not self.use_v2_model_runner:

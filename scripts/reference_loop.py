@@ -52,6 +52,11 @@ def combine(
     return logits
 
 
+def own_ids(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Token ids as a model reads them: those past its vocabulary as its token 0."""
+    return torch.where(ids < model.config.vocab_size, ids, 0)
+
+
 def prompts_of(prompt: Prompt | dict[str, Prompt]) -> tuple[Prompt, Prompt, Prompt]:
     """Token ids for base, expert and antiexpert; one list stands for all three."""
     if isinstance(prompt, dict):
@@ -81,7 +86,7 @@ def greedy(
     """
     caches, logits = [], []
     for model, ids in zip(trio.models(), prompts_of(prompt)):
-        out = model(torch.tensor([list(ids)]), use_cache=True)
+        out = model(own_ids(model, torch.tensor([list(ids)])), use_cache=True)
         caches.append(out.past_key_values)
         logits.append(out.logits[0, -1])
     tokens, steps = [], []
@@ -93,7 +98,8 @@ def greedy(
         if len(tokens) == max_tokens or tokens[-1] in stop_ids:
             return tokens, steps
         for i, model in enumerate(trio.models()):
-            out = model(torch.tensor([[tokens[-1]]]), past_key_values=caches[i], use_cache=True)
+            last = own_ids(model, torch.tensor([[tokens[-1]]]))
+            out = model(last, past_key_values=caches[i], use_cache=True)
             caches[i] = out.past_key_values
             logits[i] = out.logits[0, -1]
 
@@ -101,7 +107,8 @@ def greedy(
 @torch.inference_mode()
 def prompt_logits(trio: Trio, ids: Prompt, alpha: float = 1.0) -> torch.Tensor:  # [T, V]
     """Combined logits after every position of one prompt."""
-    return combine(*(m(torch.tensor([list(ids)])).logits[0] for m in trio.models()), alpha)
+    whole = torch.tensor([list(ids)])
+    return combine(*(m(own_ids(m, whole)).logits[0] for m in trio.models()), alpha)
 
 
 @torch.inference_mode()
@@ -123,7 +130,7 @@ def greedy_batch(
         logits = []
         for i, model in enumerate(trio.models()):
             out = model(
-                ids,
+                own_ids(model, ids),
                 attention_mask=mask,
                 position_ids=positions,
                 past_key_values=caches[i],

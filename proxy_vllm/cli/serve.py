@@ -8,6 +8,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from proxy_vllm.cli.arguments import add_proxy_arguments, apply_to_namespace
 
+# How long requests may go on after SIGTERM (--shutdown-timeout).
+DRAIN_SECONDS = 60
+
 
 class ProxyServeSubcommand(ServeSubcommand):
     """Every mode of `vllm serve` (one server, several, data parallel, headless), with the trio."""
@@ -23,6 +26,8 @@ class ProxyServeSubcommand(ServeSubcommand):
         parser = super().subparser_init(subparsers)
         parser.usage = "proxy-vllm serve BASE --expert E --antiexpert A [options of vllm serve]"
         add_proxy_arguments(parser)
+        # vLLM's default, 0, cuts off what is running on SIGTERM.
+        parser.set_defaults(shutdown_timeout=DRAIN_SECONDS)
         return parser
 
 

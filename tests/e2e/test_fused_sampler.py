@@ -115,3 +115,24 @@ def test_batch_of_special_rows_only(trio, expected):
             use_tqdm=False,
         )
     assert [list(o.outputs[0].token_ids) for o in outputs] == [expected[i] for i in plain]
+
+
+def test_shards_of_members_padded_to_other_vocabularies(tmp_path, monkeypatch):
+    """vLLM pads 111 columns to 128 and 200 to 256: two ranks split them at 64 and at 128."""
+    from reference_loop import greedy
+    from tiny_models import make_model
+
+    small = {"heads": 2, "kv_heads": 1, "layers": 1, "vocab": 200, "tokenizer_size": 111}
+    trio = {
+        "model": make_model(tmp_path / "base", seed=1),
+        "expert": make_model(tmp_path / "expert", seed=2, **small),
+        "antiexpert": make_model(tmp_path / "antiexpert", seed=3, **small),
+    }
+    models = Trio.load(trio["model"], trio["expert"], trio["antiexpert"], torch.float32)
+    row = {"temperature": 0.0}
+    want = [greedy(models, p, TOKENS, a)[0] for p, a in zip(PROMPTS, ALPHAS)]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with running(**trio, tensor_parallel_size=2) as llm:
+        assert generate(llm, [params(row, a) for a in ALPHAS]) == want
+        # Logprobs take the other path: one gathered distribution.
+        assert generate(llm, [params(row, a, logprobs=2) for a in ALPHAS]) == want

@@ -15,12 +15,7 @@ from reference_loop import Trio, greedy, prompt_logits
 
 PROMPT = prompt_ids([33], seed=5)[0]
 OTHERS = prompt_ids([5, 40, 21], seed=6)
-DRAWS = 1024 if RUNNER == "v1" else 256
-
-no_interpreter = pytest.mark.skipif(
-    RUNNER == "v2",
-    reason="vLLM's top-k/top-p Triton kernel does not run in Triton's interpreter",
-)
+DRAWS = 1024 if RUNNER == "v1" else 128
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +106,16 @@ def probabilities(
     return probs / probs.sum()
 
 
+slow_in_interpreter = pytest.mark.skipif(
+    RUNNER == "v2",
+    reason="half a minute in Triton's interpreter; test_fused_sampler.py proves its draws exactly",
+)
 DISTRIBUTIONS = [
     {"temperature": 0.8},
-    {"temperature": 1.3, "min_p": 0.1},
-    pytest.param({"temperature": 1.0, "top_k": 7}, marks=no_interpreter),
-    pytest.param({"temperature": 1.5, "top_p": 0.8}, marks=no_interpreter),
-    pytest.param(
-        {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.02}, marks=no_interpreter
-    ),
+    pytest.param({"temperature": 1.3, "min_p": 0.1}, marks=slow_in_interpreter),
+    pytest.param({"temperature": 1.0, "top_k": 7}, marks=slow_in_interpreter),
+    pytest.param({"temperature": 1.5, "top_p": 0.8}, marks=slow_in_interpreter),
+    {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
 ]
 
 

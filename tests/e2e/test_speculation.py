@@ -13,7 +13,7 @@ PROMPTS = prompt_ids([4, 30, 90], seed=41)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    """Base and antiexpert are one model: with alpha 1 every draft is right, with alpha 0 few are."""
+    """Base and antiexpert are one model: at alpha 1 every draft is right, at alpha 0 few are."""
     root = tmp_path_factory.mktemp("speculation")
     base = make_model(root / "base", seed=1)
     expert = make_model(root / "expert", seed=2, hidden=32, heads=1, layers=1)

@@ -5,6 +5,7 @@ process PROXY_VLLM_CPU_RUNNER=v2 must choose it, since it then holds for all of 
 """
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from proxy_vllm.envs import CPU_RUNNER, cpu_runner, prepare_process
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,6 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter(device: torch.device) -> None:
+    if device.type == "cpu" and cpu_runner() == "v2":
+        import interpreter_speed
+
+        interpreter_speed.install()
 
 
 @pytest.fixture(autouse=True)

@@ -86,7 +86,5 @@ def test_noise_is_vllms(device):
 
 
 def test_noise_follows_the_gumbel_distribution():
-    noise = torch.cat(
-        [reference.gumbel_noise(seed, 5, torch.arange(50_000)) for seed in range(4)]
-    )
+    noise = torch.cat([reference.gumbel_noise(seed, 5, torch.arange(50_000)) for seed in range(4)])
     assert stats.kstest(noise.numpy(), stats.gumbel_r.cdf).pvalue > 1e-3

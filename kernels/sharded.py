@@ -1,0 +1,300 @@
+"""Proxy sampling over a vocabulary that tensor parallelism splits.
+
+Each rank combines its own columns of the three members; what the ranks exchange per row is a
+(score, token) pair, and with filters some counts or masses, never logits. Noise is keyed by token
+id and sums are integers, so tokens equal those of the unsharded kernels.
+
+Shards follow the base's boundaries: on every rank column 0 of all three shards is token
+`vocab_start`, the expert's and antiexpert's shards may be shorter or longer than the base's.
+`realign_columns` brings a member there whose padding put its boundaries elsewhere (Qwen2.5 pads
+151936 to 152064 for some sizes); loading its head on the base's boundaries costs nothing at run
+time and is better.
+
+Collectives of one call, each an all_gather (float64 unless said):
+
+| rows may have | calls | bytes a row and rank |
+|---|---|---|
+| temperature only | 1 | 16 |
+| min-p | 2 | 16 + 8 |
+| top-k or top-p | 2 + 7 | 16 + 8 + 7 * 272 (int64) |
+| top-k and top-p | 2 + 14 | 16 + 8 + 14 * 272 (int64) |
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from proxy_vllm.kernels.checks import check_logits, check_request_state
+from proxy_vllm.kernels.combine_sample import SampleLaunch, proxy_combine
+from proxy_vllm.kernels.device import require_triton
+from proxy_vllm.kernels.select import MAX_VOCAB
+from proxy_vllm.kernels.thresholds import Measurement, ThresholdSearch
+
+# With 32 pivots 7 rounds tell any two of the 2**32 float32 keys apart: 2**32 / (32 * 33**6) < 1.
+NUM_PIVOTS = 32
+NUM_ROUNDS = 7
+
+
+class Exchange:
+    """all_gather of equally shaped small tensors over a process group; counts what it sends.
+
+    `group` None is the default group; a world of one needs no process group at all.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+        self.size = dist.get_world_size(group) if dist.is_initialized() else 1
+        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self.calls = 0
+        self.bytes_sent = 0
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[ranks, *tensor.shape], in rank order."""
+        if self.size == 1:
+            return tensor[None]
+        out = tensor.new_empty(self.size * tensor.numel())
+        dist.all_gather_into_tensor(out, tensor.flatten(), group=self.group)
+        self.calls += 1
+        self.bytes_sent += tensor.numel() * tensor.element_size()
+        return out.view(self.size, *tensor.shape)
+
+
+def merge_shards(
+    scores: torch.Tensor,  # [ranks, B] float32 or float64
+    tokens: torch.Tensor,  # [ranks, B] int64
+) -> torch.Tensor:  # [B] int64
+    """The token with the largest score of all ranks; of equals the lowest, as unsharded."""
+    best = scores.max(dim=0).values
+    last = torch.iinfo(torch.int64).max
+    return torch.where(scores == best, tokens, last).min(dim=0).values
+
+
+def _no_columns(tensor: torch.Tensor) -> torch.Tensor:
+    """Stands in for an empty shard: one column that cannot win."""
+    return tensor.new_full((tensor.shape[0], 1), -torch.inf)
+
+
+@dataclass
+class ShardedSampler:
+    """One rank's part of a sampling step; `exchange` is shared by calls so that it can count."""
+
+    exchange: Exchange
+
+    def sample(
+        self,
+        base: torch.Tensor,  # [B, n], this rank's columns
+        expert: torch.Tensor,  # [B, n_e]
+        antiexpert: torch.Tensor,  # [B, n_a]
+        alpha: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        vocab_start: int,
+        vocab_size: int,
+        top_k: torch.Tensor | None = None,
+        top_p: torch.Tensor | None = None,
+        min_p: torch.Tensor | None = None,
+        row_to_request: torch.Tensor | None = None,
+        use_fp64_gumbel: bool = False,
+        tile: int | None = None,
+    ) -> torch.Tensor:  # [B] int64, the same on every rank
+        """proxy_sample over shards: same arguments, tokens and errors.
+
+        `vocab_start` is the first token of this rank's shard, `vocab_size` the columns of all
+        shards; shards neither overlap nor leave a gap, and may be empty. Every rank must pass the
+        same optional arguments: they decide which collectives run.
+        """
+        if base.dim() == 2 and base.shape[1] == 0:
+            base, expert, antiexpert = (_no_columns(t) for t in (base, expert, antiexpert))
+        expert, antiexpert = (
+            _no_columns(t) if t.shape[-1] == 0 else t for t in (expert, antiexpert)
+        )
+        check_logits(base, expert, antiexpert)
+        check_request_state(
+            base.shape[0],
+            base.device,
+            row_to_request,
+            alpha,
+            temperature,
+            seeds,
+            positions,
+            top_k,
+            top_p,
+            min_p,
+            sampling=True,
+        )
+        if not 0 < vocab_size <= MAX_VOCAB:
+            raise ValueError(f"vocab_size: {vocab_size} is not within 1..{MAX_VOCAB}")
+        if not 0 <= vocab_start <= vocab_size:
+            raise ValueError(f"vocab_start: {vocab_start} is outside 0..{vocab_size}")
+        if base.shape[0] == 0:
+            return base.new_empty(0, dtype=torch.int64)
+        require_triton()
+        launch = SampleLaunch(
+            base,
+            expert,
+            antiexpert,
+            alpha,
+            temperature,
+            seeds,
+            positions,
+            top_k,
+            top_p,
+            min_p,
+            row_to_request,
+            use_fp64_gumbel,
+            vocab_start,
+            vocab_size,
+            tile,
+        )
+        launch.combine()
+        row_max = None
+        if launch.tile_max is not None:
+            row_max, row_min = self._extremes(launch)
+            if launch.filtered:
+                launch.draw_filtered(self._thresholds(launch, row_max, row_min))
+        tokens, scores = launch.winners(row_max, with_scores=True)
+        pairs = self.exchange.gather(torch.stack([scores.double(), tokens.double()], dim=1))
+        return merge_shards(pairs[..., 0], pairs[..., 1].long())
+
+    def _extremes(self, launch: SampleLaunch) -> tuple[torch.Tensor, torch.Tensor]:
+        """([B, 1], [B, 1]) largest and smallest finite scaled logit of all shards.
+
+        Meaningless for rows without a filter: their tiles store none.
+        """
+        largest = launch.tile_max.amax(dim=1)
+        smallest = largest if launch.tile_min is None else launch.tile_min.amin(dim=1)
+        both = self.exchange.gather(torch.stack([largest, -smallest], dim=1)).amax(dim=0)
+        return both[:, :1].contiguous(), -both[:, 1:]
+
+    def _thresholds(
+        self, launch: SampleLaunch, row_max: torch.Tensor, row_min: torch.Tensor
+    ) -> torch.Tensor:
+        """Row states with the thresholds over all shards, as SampleLaunch.thresholds."""
+        _, _, top_k, top_p, _ = launch.filters
+        state = None
+        for stage, parameter in (("count", top_k), ("mass", top_p)):
+            if parameter is None:
+                continue
+            search = ThresholdSearch(
+                launch.x,
+                stage,
+                state,
+                row_max,
+                row_min,
+                launch.filters,
+                launch.vocab_size,
+                launch.tile,
+                NUM_PIVOTS,
+                by_key=True,
+            )
+            measured = None
+            for _ in range(NUM_ROUNDS):
+                measured = self._sum(*search.round(measured))
+            state = search.finish(measured, search=False)
+        assert state is not None
+        return state
+
+    def _sum(self, totals: torch.Tensor, ends: torch.Tensor) -> Measurement:
+        """A measurement by tiles, over all tiles of all ranks: one collective."""
+        # min(smallest) and max(largest) as max of floats, their bits beside the int64 totals.
+        outer = torch.stack([-ends[..., 0], ends[..., 1]], dim=-1).amax(dim=1)
+        packed = torch.cat([totals.sum(dim=1), outer.view(torch.int32).long()], dim=1)
+        gathered = self.exchange.gather(packed)
+        totals = gathered[..., :NUM_PIVOTS].sum(dim=0)
+        outer = gathered[..., NUM_PIVOTS:].int().view(torch.float32).amax(dim=0)
+        ends = torch.stack([-outer[:, 0], outer[:, 1]], dim=1)
+        return totals[:, None].contiguous(), ends[:, None].contiguous()
+
+    def logprobs(
+        self,
+        base: torch.Tensor,
+        expert: torch.Tensor,
+        antiexpert: torch.Tensor,
+        alpha: torch.Tensor,
+        tokens: torch.Tensor,  # [B] int64, sampled tokens
+        num_logprobs: int,
+        *,
+        vocab_start: int,
+        vocab_size: int,
+        row_to_request: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Raw logprobs of the combined logits, from per-shard candidates and log-sum-exps.
+
+        Returns ([B, 1 + n] token ids, the sampled one first and then the n most likely, lowest
+        index on ties; their logprobs float32; [B] rank of the sampled token, 0 for the most
+        likely). Two collectives: 8 * (2 n + 2) bytes a row, then 8.
+        """
+        if base.shape[1] == 0:
+            base, expert, antiexpert = (_no_columns(t) for t in (base, expert, antiexpert))
+        expert, antiexpert = (
+            _no_columns(t) if t.shape[-1] == 0 else t for t in (expert, antiexpert)
+        )
+        logits = proxy_combine(base, expert, antiexpert, alpha, row_to_request=row_to_request)
+        num_cols = logits.shape[1]
+        local = tokens - vocab_start
+        mine = (local >= 0) & (local < num_cols)
+        own = logits.gather(1, local.clamp(0, num_cols - 1)[:, None])[:, 0]
+        own = torch.where(mine, own, -torch.inf)
+        # A stable descending sort keeps the lowest index first among equals; topk does not.
+        wanted = min(num_logprobs, num_cols)
+        values, columns = (t[:, :wanted] for t in logits.sort(dim=1, descending=True, stable=True))
+        padding = num_logprobs - wanted
+        values = torch.nn.functional.pad(values, (0, padding), value=-torch.inf)
+        columns = torch.nn.functional.pad(columns + vocab_start, (0, padding), value=vocab_size)
+        packed = torch.cat(
+            [logits.logsumexp(1, keepdim=True), own[:, None], values, columns], dim=1
+        ).double()
+        gathered = self.exchange.gather(packed)
+        lse = gathered[..., 0].logsumexp(dim=0)
+        own = gathered[..., 1].amax(dim=0)
+        values = gathered[..., 2 : 2 + num_logprobs].transpose(0, 1).flatten(1)
+        columns = gathered[..., 2 + num_logprobs :].transpose(0, 1).flatten(1).long()
+        order = values.sort(dim=1, descending=True, stable=True).indices[:, :num_logprobs]
+        ids = torch.cat([tokens[:, None], columns.gather(1, order)], dim=1)
+        scores = torch.cat([own[:, None], values.gather(1, order)], dim=1) - lse[:, None]
+        larger = (logits.double() > own[:, None]).sum(dim=1)
+        ranks = self.exchange.gather(larger).sum(dim=0)
+        return ids, scores.float(), ranks
+
+
+def realign_columns(
+    shard: torch.Tensor,  # [B, end - start] of own[rank]
+    own: list[tuple[int, int]],
+    wanted: list[tuple[int, int]],
+    exchange: Exchange,
+) -> torch.Tensor:  # [B, columns of wanted[rank] that exist]
+    """Moves a member's columns from its own shard boundaries to the base's.
+
+    `own` and `wanted` hold every rank's (first token, end); only columns that change rank travel,
+    in one all_to_all. Wanted columns that no rank has must be at the end, and are left out.
+    Raises ValueError where `shard` does not have the columns that `own` says.
+    """
+    rank, rows = exchange.rank, shard.shape[0]
+    start, end = own[rank]
+    if shard.dim() != 2 or shard.shape[1] != end - start:
+        raise ValueError(f"shard: expected {end - start} columns, got {list(shard.shape)}")
+
+    def common(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+        low = max(a[0], b[0])
+        return low, max(low, min(a[1], b[1]))
+
+    outgoing = [common(own[rank], want) for want in wanted]
+    incoming = [common(have, wanted[rank]) for have in own]
+    kept = shard[:, outgoing[rank][0] - start : outgoing[rank][1] - start]
+    if exchange.size == 1:
+        return kept
+    sizes_out = [0 if r == rank else rows * (b - a) for r, (a, b) in enumerate(outgoing)]
+    sizes_in = [0 if r == rank else rows * (b - a) for r, (a, b) in enumerate(incoming)]
+    parts = [shard[:, a - start : b - start].flatten() for a, b in outgoing]
+    parts[rank] = parts[rank][:0]
+    received = shard.new_empty(sum(sizes_in))
+    dist.all_to_all_single(received, torch.cat(parts), sizes_in, sizes_out, group=exchange.group)
+    exchange.calls += 1
+    exchange.bytes_sent += sum(sizes_out) * shard.element_size()
+    pieces = list(received.split(sizes_in))
+    pieces = [piece.view(rows, -1) if piece.numel() else shard[:, :0] for piece in pieces]
+    pieces[rank] = kept
+    return torch.cat(pieces, dim=1)

@@ -1,0 +1,94 @@
+"""The three output heads under tensor parallelism: each rank keeps its own columns.
+
+Combining before communicating means that ranks exchange what the sampler needs (a pair a row, or a
+few counts) instead of three gathered ``[N, V]``; what needs the whole distribution gathers one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
+
+from proxy_vllm.formula import combine_logits
+from proxy_vllm.kernels.sharded import Exchange, realign_columns
+
+# Models whose `compute_logits` is vLLM's logits processor over `lm_head` and nothing more, and that
+# lack `compute_logits_local`, which is the same without the gathering.
+_PLAIN_HEADS = {"GPT2LMHeadModel", "OPTForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+
+Range = tuple[int, int]  # first token of a shard, and one past its last
+
+
+def shard_ranges(head: nn.Module, world_size: int) -> list[Range]:
+    """The tokens whose columns each rank holds of one head, vocabulary padding left out."""
+    width, size = head.num_embeddings_per_partition, head.org_vocab_size
+    return [(min(r * width, size), min((r + 1) * width, size)) for r in range(world_size)]
+
+
+def has_local_logits(member: nn.Module) -> bool:
+    """Whether vLLM can give a member's logits without gathering them."""
+    plain = type(member).__name__ in _PLAIN_HEADS
+    return hasattr(member, "lm_head") and (plain or hasattr(member, "compute_logits_local"))
+
+
+def local_logits(member: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """This rank's columns ``[N, padded n]`` of one member's logits."""
+    if hasattr(member, "compute_logits_local"):
+        return member.compute_logits_local(hidden)
+    return member.logits_processor(member.lm_head, hidden, skip_gather=True)
+
+
+@dataclass
+class Shards:
+    """The members' columns of one rank, on the base's boundaries."""
+
+    logits: list[torch.Tensor]  # 3 x [N, up to n]
+    vocab_start: int
+
+
+class ShardedHeads:
+    """Local logits of three members on the base's shard boundaries.
+
+    Members padded to different vocabulary sizes have different boundaries; columns that belong to
+    another rank's shard of the base then travel, those of the small members alone.
+    """
+
+    def __init__(self, members: list[nn.Module], vocab_size: int) -> None:
+        group = get_tp_group()
+        self.members = members
+        self.vocab_size = vocab_size
+        self.exchange = Exchange(group.device_group)
+        self.rank = group.rank_in_group
+        self.ranges = [shard_ranges(member.lm_head, group.world_size) for member in members]
+        # Every rank's shard of a gathered tensor has the same, padded width.
+        self.width = members[0].lm_head.num_embeddings_per_partition
+
+    @staticmethod
+    def supports(members: list[nn.Module]) -> bool:
+        """Whether there are shards, and every member can give its own."""
+        return get_tp_group().world_size > 1 and all(map(has_local_logits, members))
+
+    def local(self, hidden: list[torch.Tensor]) -> Shards:
+        """This rank's columns of each member for hidden states ``[N, d_m]``."""
+        wanted = self.ranges[0]
+        logits = []
+        for member, own, h in zip(self.members, self.ranges, hidden):
+            start, end = own[self.rank]
+            shard = local_logits(member, h)[:, : end - start]
+            if own != wanted:
+                # Past the base's vocabulary nothing is wanted; before its end nothing is missing
+                # but the columns that this member does not have.
+                shard = realign_columns(shard.contiguous(), own, wanted, self.exchange)
+            logits.append(shard)
+        return Shards(logits, wanted[self.rank][0])
+
+    def combined(self, shards: Shards, alpha: torch.Tensor) -> torch.Tensor:  # [N, V] float32
+        """The whole distribution on every rank, from one gather."""
+        base, expert, antiexpert = shards.logits
+        if base.shape[1] == 0:
+            own = base.float()
+        else:
+            own = combine_logits(base, expert, antiexpert, alpha)
+        own = nn.functional.pad(own, (0, self.width - own.shape[1]))
+        return tensor_model_parallel_all_gather(own)[:, : self.vocab_size]

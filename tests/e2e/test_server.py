@@ -1,0 +1,168 @@
+"""A real `proxy-vllm serve` process, asked by the `openai` client."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+import torch
+from engines import prompt_ids
+from reference_loop import Trio, greedy
+
+PROMPT = prompt_ids([9])[0]
+KEY = "sk-test"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Server:
+    """One server process; its log is shown when it does not come up."""
+
+    def __init__(self, trio: dict[str, str], log_path) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = log_path
+        command = [
+            *(sys.executable, "-m", "proxy_vllm.cli.main", "serve", trio["model"]),
+            *("--expert", trio["expert"], "--antiexpert", trio["antiexpert"], "--alpha", "1.5"),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--api-key", KEY),
+            *("--served-model-name", "steered", "--dtype", "float32", "--enforce-eager"),
+            *("--max-model-len", "512", "--kv-cache-memory-bytes", str(64 << 20)),
+        ]
+        with open(log_path, "w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 300
+        while self.status("/health") != 200:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                pytest.fail(f"the server did not come up:\n{log_path.read_text()[-3000:]}")
+            time.sleep(0.5)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
+
+    def status(self, path: str) -> int | None:
+        try:
+            return urllib.request.urlopen(self.url + path, timeout=5).status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return None
+
+    def complete(self, alpha=None, **kwargs):
+        xargs = {} if alpha is None else {"vllm_xargs": {"proxy_alpha": alpha}}
+        extra = {"return_token_ids": True, "ignore_eos": True, **xargs, **kwargs.pop("extra", {})}
+        return self.client.completions.create(
+            model="steered", prompt=kwargs.pop("prompt", PROMPT), temperature=0,
+            extra_body=extra, **{"max_tokens": 8, **kwargs},
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(trio, tmp_path_factory):
+    if os.environ.get("PROXY_VLLM_CPU_RUNNER") == "v2":
+        pytest.skip("one server is enough: the HTTP layer does not depend on the runner")
+    server = Server(trio, tmp_path_factory.mktemp("server") / "log")
+    yield server
+    if server.process.poll() is None:
+        server.process.kill()
+
+
+@pytest.fixture(scope="module")
+def models(trio):
+    return Trio.load(trio["model"], trio["expert"], trio["antiexpert"], torch.float32)
+
+
+def test_completions_take_the_requests_alpha_or_the_servers(server, models):
+    for alpha in (None, 0, 0.5, -1):
+        want, _ = greedy(models, PROMPT, 8, 1.5 if alpha is None else alpha)
+        choice = server.complete(alpha).choices[0]
+        assert choice.token_ids == want
+
+
+def test_streaming_and_logprobs(server, models):
+    want, steps = greedy(models, PROMPT, 8, 0.5)
+    tokens, logprobs = [], []
+    for chunk in server.complete(0.5, stream=True, logprobs=0):
+        tokens += chunk.choices[0].token_ids or []
+        if chunk.choices[0].logprobs:
+            logprobs += chunk.choices[0].logprobs.token_logprobs
+    assert tokens == want
+    expected = [float(s.log_softmax(-1)[t]) for s, t in zip(steps, want)]
+    assert logprobs == pytest.approx(expected, abs=1e-3)
+
+
+def test_chat_uses_the_template_and_alpha(server, trio, models):
+    from transformers import AutoTokenizer
+
+    messages = [{"role": "user", "content": "w7 w8 w9"}]
+    tokenizer = AutoTokenizer.from_pretrained(trio["model"])
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    want, _ = greedy(models, ids, 6, 0.25)
+    answer = server.client.chat.completions.create(
+        model="steered", messages=messages, temperature=0, max_tokens=6,
+        extra_body={"vllm_xargs": {"proxy_alpha": 0.25}, "ignore_eos": True},
+    )  # fmt: skip
+    assert answer.choices[0].message.content.split() == tokenizer.decode(want).split()
+    assert answer.usage.prompt_tokens == len(ids)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 10.5, "much", True])
+def test_an_alpha_that_cannot_run_is_a_400_that_harms_nobody(server, models, alpha):
+    outcome = {}
+
+    def other() -> None:
+        outcome["tokens"] = server.complete(1.0, max_tokens=64).choices[0].token_ids
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    body = f'{{"model": "steered", "prompt": [5], "vllm_xargs": {{"proxy_alpha": {_json(alpha)}}}}}'
+    request = urllib.request.Request(
+        server.url + "/v1/completions", body.encode(),
+        {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"},
+    )  # fmt: skip
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    assert refused.value.code == 400
+    assert b"proxy_alpha" in refused.value.read()
+    thread.join()
+    assert outcome["tokens"] == greedy(models, PROMPT, 64, 1.0)[0]
+
+
+def _json(value) -> str:
+    import json
+
+    return json.dumps(value)  # writes NaN and Infinity, as many clients do
+
+
+def test_key_health_and_metrics(server):
+    wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+        wrong.models.list()
+    assert [m.id for m in server.client.models.list()] == ["steered"]
+    assert server.status("/health") == 200
+    metrics = urllib.request.urlopen(server.url + "/metrics").read().decode()
+    assert "vllm:generation_tokens_total" in metrics
+
+
+def test_sigterm_finishes_what_is_running(server, models):
+    """Last: it ends the server."""
+    want, _ = greedy(models, PROMPT, 400, 1.0)
+    tokens = []
+    for i, chunk in enumerate(server.complete(1.0, max_tokens=400, stream=True)):
+        tokens += chunk.choices[0].token_ids or []
+        if i == 3:
+            server.process.send_signal(signal.SIGTERM)
+    assert tokens == want
+    assert server.process.wait(timeout=60) == 0
+    assert "Traceback" not in server.log_path.read_text()

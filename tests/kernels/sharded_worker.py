@@ -1,0 +1,80 @@
+"""One gloo rank of test_sharded.py: samples its shards and reports tokens, calls and bytes."""
+
+import os
+import sys
+from pathlib import Path
+
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("PROXY_VLLM_CPU_RUNNER", "v2")
+
+import proxy_vllm  # noqa: E402, F401  # isort: skip
+import interpreter_speed  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from kernel_cases import make_case, make_filters  # noqa: E402
+
+from proxy_vllm.kernels.sharded import Exchange, ShardedSampler, realign_columns  # noqa: E402
+
+
+def even(columns: int, padded: int) -> list[tuple[int, int]]:
+    """Shard boundaries of a vocabulary padded to a multiple, as vLLM's heads split it."""
+    part = -(-columns // (padded * world)) * padded
+    return [(min(r * part, columns), min((r + 1) * part, columns)) for r in range(world)]
+
+
+def main() -> None:
+    interpreter_speed.install()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
+    job = torch.load(folder / "job.pt")
+    case = make_case(**job["case"])
+    bounds = [tuple(pair) for pair in job["bounds"][str(world)]]
+    start, end = bounds[rank]
+    exchange = Exchange()
+    sampler = ShardedSampler(exchange)
+    shards = []
+    for name in ("base", "expert", "antiexpert"):
+        full = getattr(case, name)
+        if job["realign"] and name != "base":
+            own = even(full.shape[1], 16)
+            shards.append(
+                realign_columns(full[:, own[rank][0] : own[rank][1]], own, bounds, exchange)
+            )
+        else:
+            shards.append(full[:, start:end])
+    realign_calls, realign_bytes = exchange.calls, exchange.bytes_sent
+    results = []
+    for kinds in job["kinds"]:
+        exchange.calls = exchange.bytes_sent = 0
+        tokens = sampler.sample(
+            *shards,
+            *case.arguments()[3:],
+            vocab_start=start,
+            vocab_size=case.base.shape[1],
+            **make_filters(case.base.shape[0], kinds=kinds),
+        )
+        results.append((tokens, exchange.calls, exchange.bytes_sent))
+    exchange.calls = exchange.bytes_sent = 0
+    logprobs = sampler.logprobs(
+        *shards,
+        case.alpha,
+        results[0][0],
+        5,
+        vocab_start=start,
+        vocab_size=case.base.shape[1],
+    )
+    torch.save(
+        {
+            "results": results,
+            "logprobs": logprobs,
+            "logprob_traffic": (exchange.calls, exchange.bytes_sent),
+            "realign": (realign_calls, realign_bytes),
+        },
+        folder / f"rank{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+main()

@@ -1,0 +1,122 @@
+"""Sharded sampling on gloo ranks equals the unsharded kernels, with the traffic it promises."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import make_case, make_filters
+
+from proxy_vllm.kernels import reference
+from proxy_vllm.kernels.combine_sample import proxy_sample
+from proxy_vllm.kernels.sharded import Exchange, ShardedSampler, merge_shards, realign_columns
+
+ROWS, VOCAB = 5, 333
+KINDS = ["", "m", "k", "p", "kpm"]
+CASE = {"rows": ROWS, "vocab": VOCAB, "extra": (17, -9), "greedy_every": 4}
+# Uneven on purpose; with 4 ranks one shard is a single column and the last is empty.
+BOUNDS = {
+    "2": [(0, 100), (100, VOCAB)],
+    "4": [(0, 150), (150, 151), (151, VOCAB), (VOCAB, VOCAB)],
+}
+WORKER = Path(__file__).with_name("sharded_worker.py")
+
+
+@pytest.fixture(scope="module", params=[(2, True), (4, False)], ids=["2 ranks", "4 ranks"])
+def ranks(request, tmp_path_factory):
+    """What every rank reports; with 2 ranks the small members start on boundaries of their own."""
+    world, realign = request.param
+    folder = tmp_path_factory.mktemp(f"ranks{world}")
+    job = {"case": CASE, "bounds": BOUNDS, "kinds": KINDS, "realign": realign}
+    torch.save(job, folder / "job.pt")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(world), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(world)
+    ]
+    try:
+        logs = [process.communicate(timeout=500)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(logs)[-4000:]
+    return world, [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
+
+
+def test_tokens_equal_the_unsharded_ones(ranks):
+    world, reports = ranks
+    case = make_case(**CASE)
+    for index, kinds in enumerate(KINDS):
+        want = proxy_sample(*case.arguments(), **make_filters(ROWS, kinds=kinds))
+        for report in reports:
+            assert torch.equal(report["results"][index][0], want), (world, kinds)
+
+
+def test_traffic(ranks):
+    """One (score, token) pair a row; with filters a few hundred bytes more, and never logits."""
+    _, reports = ranks
+    measured = {kinds: reports[0]["results"][i][1:] for i, kinds in enumerate(KINDS)}
+    pair, extremes, round_ = 16, 8, 272
+    assert measured[""] == (1, ROWS * pair)
+    assert measured["m"] == (2, ROWS * (pair + extremes))
+    assert measured["k"] == (9, ROWS * (pair + extremes + 7 * round_))
+    assert measured["p"] == (9, ROWS * (pair + extremes + 7 * round_))
+    assert measured["kpm"] == (16, ROWS * (pair + extremes + 14 * round_))
+    assert reports[0]["logprob_traffic"] == (2, ROWS * 8 * (12 + 1))
+
+
+def test_logprobs_equal_those_of_the_whole_vocabulary(ranks):
+    _, reports = ranks
+    case = make_case(**CASE)
+    logits = reference.combine(*case.arguments()[:4])
+    tokens = reports[0]["results"][0][0]
+    logprobs = torch.log_softmax(logits, dim=1)
+    values, ids = logprobs.sort(dim=1, descending=True, stable=True)
+    own = logprobs.gather(1, tokens[:, None])
+    for report in reports:
+        got_ids, got, got_ranks = report["logprobs"]
+        assert torch.equal(got_ids, torch.cat([tokens[:, None], ids[:, :5]], dim=1))
+        want = torch.cat([own, values[:, :5]], dim=1)
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-6)
+        assert torch.equal(got_ranks, (logprobs > own).sum(dim=1))
+
+
+def test_realigning_moves_only_the_columns_that_change_rank(ranks):
+    world, reports = ranks
+    if world != 2:
+        assert reports[0]["realign"] == (0, 0)
+        return
+    # Expert 350 and antiexpert 324 columns split at 176; the base at 100: rank 0 sends 76 each.
+    assert reports[0]["realign"] == (2, 2 * ROWS * 76 * 4)
+    assert reports[1]["realign"] == (2, 0)
+
+
+def test_one_rank_needs_no_process_group():
+    case = make_case(**CASE)
+    sampler = ShardedSampler(Exchange())
+    tokens = sampler.sample(
+        *case.arguments(), vocab_start=0, vocab_size=VOCAB, **make_filters(ROWS)
+    )
+    assert torch.equal(tokens, proxy_sample(*case.arguments(), **make_filters(ROWS)))
+    whole = realign_columns(case.base, [(0, VOCAB)], [(0, VOCAB)], Exchange())
+    assert torch.equal(whole, case.base)
+
+
+def test_merge_takes_the_lowest_of_equals():
+    scores = torch.tensor([[1.0, 5.0, -torch.inf], [1.0, 2.0, -torch.inf]])
+    tokens = torch.tensor([[40, 1, 0], [7, 2, 100]])
+    assert merge_shards(scores, tokens).tolist() == [7, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("vocab_start", -1), ("vocab_size", 0), ("vocab_size", 1 << 19)]
+)
+def test_bad_bounds_are_named(name, value):
+    case = make_case(**CASE)
+    bounds = {"vocab_start": 0, "vocab_size": VOCAB, name: value}
+    with pytest.raises(ValueError, match=name):
+        ShardedSampler(Exchange()).sample(*case.arguments(), **bounds)
