@@ -35,6 +35,9 @@ class ProxyConfig:
             ``{"dtype": "float32", "quantization": "fp8", "revision": "main"}``.
         antiexpert_args: the same for the antiexpert.
         allow_tokenizer_mismatch: serve members whose tokenizers disagree on a token id.
+        expert_chat_template: Jinja by which the expert reads a chat, ``auto`` for the template of
+            its own tokenizer, or None to read what the base reads.
+        antiexpert_chat_template: the same for the antiexpert.
     """
 
     expert: str
@@ -44,6 +47,8 @@ class ProxyConfig:
     expert_args: dict[str, Any] = field(default_factory=dict)
     antiexpert_args: dict[str, Any] = field(default_factory=dict)
     allow_tokenizer_mismatch: bool = False
+    expert_chat_template: str | None = None
+    antiexpert_chat_template: str | None = None
 
     def __post_init__(self) -> None:
         for role in ("expert", "antiexpert"):
@@ -78,6 +83,10 @@ class ProxyConfig:
 
     def member_args(self, role: str) -> dict[str, Any]:
         return dict(getattr(self, f"{role}_args"))
+
+    def chat_template_of(self, role: str) -> str | None:
+        """The template of a small member, Jinja or ``auto``; None if it reads the base's prompt."""
+        return getattr(self, f"{role}_chat_template")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form in which the configuration reaches the workers."""
@@ -176,10 +185,27 @@ def apply_to_engine_args(
             "method": "draft_model",
             "num_speculative_tokens": speculative_tokens,
         }
+    templates = [r for r in ROLES[1:] if proxy.chat_template_of(r) is not None]
+    if templates and (excluded := _excludes_own_prompts(out, on_cpu)):
+        raise UserError(f"--{templates[0]}-chat-template: {excluded}")
     if on_cpu:
         cpu_runner()  # says now, and not in a worker, that the variable is wrong
         _set_cpu_kv_cache(out)
     return out
+
+
+def _excludes_own_prompts(kwargs: dict[str, Any], on_cpu: bool) -> str | None:
+    """Why engine arguments exclude prompts of each model's own, as far as they alone tell."""
+    from proxy_vllm.envs import cpu_runner
+
+    if on_cpu and cpu_runner() == "v1":
+        return (
+            "models with prompts of their own need a GPU, or PROXY_VLLM_CPU_RUNNER=v2 for tests on"
+            " a CPU"
+        )
+    if kwargs.get("speculative_config"):
+        return "speculation excludes prompts of each model's own; leave one of them out"
+    return None
 
 
 def _set_cpu_kv_cache(kwargs: dict[str, Any]) -> None:

@@ -140,14 +140,17 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         """
         slot_mapping = get_forward_context().slot_mapping
         outputs = []
-        for i, (member, own) in enumerate(zip(self.members(), members, strict=True)):
+        for i, (role, own) in enumerate(zip(ROLES, members, strict=True)):
             if own.absent and self._widths:
                 shape = (own.input_ids.shape[0], self._widths[i])
                 outputs.append(own.positions.new_zeros(shape, dtype=self.hidden_dtype))
                 continue
             # KV-cache writes take their slots from here, by layer.
             slot_mapping.update(dict.fromkeys(own.layers, own.slots))
-            hidden = member(own.input_ids, own.positions)
+            if self.vocab_sizes[role] < self.vocab_size:
+                # As in `forward`; in place, since graphs read this very buffer.
+                own.input_ids.masked_fill_(own.input_ids >= self.vocab_sizes[role], 0)
+            hidden = getattr(self, role)(own.input_ids, own.positions)
             if own.rows is not None:
                 packed = hidden
                 hidden = torch.zeros_like(packed)

@@ -267,13 +267,13 @@ class OwnPromptState:
         seq_lens, counts = seq_lens[order], counts[order]
         starts = seq_lens - counts
         total = int(counts.sum())
-        query_start_loc = np.zeros(len(order) + 1, dtype=np.int32)
+        query_start_loc: np.ndarray = np.zeros(len(order) + 1, dtype=np.int32)
         np.cumsum(counts, out=query_start_loc[1:])
         offsets = np.arange(total) - np.repeat(query_start_loc[:-1], counts)
         first_rows = batch.query_start_loc_np[order + 1] - counts
         rows = offsets + np.repeat(first_rows, counts)
 
-        own_ids = np.full(total, -1, dtype=np.int32)
+        own_ids: np.ndarray = np.full(total, -1, dtype=np.int32)
         req_ids = [batch.req_ids[i] for i in order]
         for i, own in enumerate(map(self.prompts.get, req_ids)):
             if own is not None and role != "base":

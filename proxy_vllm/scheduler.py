@@ -37,8 +37,8 @@ from proxy_vllm.prompts import (
 logger = init_logger(f"vllm.{__name__}")
 
 
-class OwnPromptsMixin:
-    """Takes requests with own prompts; every other request passes untouched."""
+class ProxyScheduler(Scheduler):
+    """vLLM's scheduler, taking requests with own prompts; every other passes untouched."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,6 +63,7 @@ class OwnPromptsMixin:
 
     def _take_own_prompts(self, request: Request) -> None:
         params = copy.copy(request.sampling_params)  # children of one request share theirs
+        assert params is not None and params.extra_args is not None
         extra_args = dict(params.extra_args)
         extra_args.pop(RESOLVED_KEY, None)
         named = {key: extra_args.pop(key, None) for key in PROMPT_KEYS.values()}
@@ -127,12 +128,8 @@ class OwnPromptsMixin:
         return super()._free_request(request, *args, **kwargs)
 
 
-class ProxyScheduler(OwnPromptsMixin, Scheduler):
-    """vLLM's scheduler with own prompts."""
-
-
-class ProxyAsyncScheduler(OwnPromptsMixin, AsyncScheduler):
-    """vLLM's asynchronous scheduler with own prompts."""
+class ProxyAsyncScheduler(ProxyScheduler, AsyncScheduler):
+    """The same on top of vLLM's asynchronous scheduler."""
 
 
 def make_scheduler(*, vllm_config: Any, **kwargs: Any) -> Scheduler:

@@ -13,6 +13,9 @@ from engines import SMALL, greedy_params, prompt_ids, running
 from reference_loop import Trio, greedy
 from vllm import SamplingParams
 
+from proxy_vllm import ProxyLLM
+from proxy_vllm.errors import UserError
+
 BLOCK = SMALL["block_size"]
 KEYS = {"expert": "proxy_expert_prompt", "antiexpert": "proxy_antiexpert_prompt"}
 
@@ -259,3 +262,133 @@ def test_the_longest_prompt_meets_the_length_limit(cached, reference):
     )
     assert list(output.outputs[0].token_ids) == greedy(reference, prompt, 6, 1.0)[0]
     assert output.outputs[0].finish_reason == "length"
+
+
+@v2
+def test_a_prompt_for_each_model_offline(cached, reference):
+    """Text and ids, the missing antiexpert reads the base's, and all three alike is no special."""
+    words = {r: " ".join(f"w{i}" for i in p) for r, p in prompts_of((9, 50, 4), seed=570).items()}
+    ids = {role: [int(w[1:]) for w in text.split()] for role, text in words.items()}
+    prompts = [
+        words,
+        {"base": words["base"], "expert": ids["expert"]},
+        {"base": ids["base"], "antiexpert": words["antiexpert"]},
+        {"base": ids["base"], "expert": words["base"]},
+        words["base"],
+    ]
+    wanted = [
+        ids,
+        {r: ids[r] for r in ("base", "expert")},
+        {r: ids[r] for r in ("base", "antiexpert")},
+        ids["base"],
+        ids["base"],
+    ]
+    outputs = cached.generate(prompts, greedy_params(8), use_tqdm=False)
+    for output, prompt in zip(outputs, wanted, strict=True):
+        assert list(output.outputs[0].token_ids) == greedy(reference, prompt, 8, 1.0)[0]
+        assert output.prompt_token_ids == ids["base"]
+    (single,) = cached.generate(words, greedy_params(8), use_tqdm=False)
+    assert list(single.outputs[0].token_ids) == greedy(reference, ids, 8, 1.0)[0]
+
+
+@v2
+@pytest.mark.parametrize(
+    "prompt, fields, message",
+    [
+        ({"base": [5], "expert": [5] * 256}, {}, "the expert's prompt has 256 tokens"),
+        ({"base": [5], "antiexpert": [5] * 300}, {}, "the antiexpert's prompt has 300 tokens"),
+        ({"base": [5], "expert": []}, {}, "the expert's prompt is empty"),
+        ({"base": [5], "expert": [5, 111]}, {}, "token id 111, but its vocabulary ends at 110"),
+        ({"base": [5], "expert": [5, -1]}, {}, "no list of token ids"),
+        ({"base": [5], "expert": 3.5}, {}, "no list of token ids"),
+        ({"expert": [5]}, {}, "needs a `base`"),
+        ({"base": [5], "exprt": [5]}, {}, "exprt"),
+        ({"base": [5], "expert": [6]}, {"prompt_logprobs": 1}, "prompt_logprobs with own prompts"),
+    ],
+)
+def test_refusals_name_the_culprit_and_harm_nobody(cached, reference, prompt, fields, message):
+    good = prompts_of((20, 40, None), seed=580)
+    params = [greedy_params(4), greedy_params(4, **fields)]
+    with pytest.raises(UserError, match=message) as error:
+        cached.generate([good, prompt], params, use_tqdm=False)
+    assert "\n" not in str(error.value)
+    assert not cached.llm_engine.has_unfinished_requests()
+    check(cached, reference, [good], max_tokens=4)
+
+
+@v2
+def test_what_comes_past_admission_ends_with_an_error(cached, reference):
+    """A request added to the engine itself, with prompts that nobody checked."""
+    good = prompts_of((20, 40, None), seed=590)
+    engine = cached.llm_engine
+    for i, bad in enumerate(("text", [5] * 400, [], [1.5], {"a": 1})):
+        params = greedy_params(8, proxy_alpha=1.0)
+        params.extra_args["proxy_expert_prompt"] = bad
+        engine.add_request(f"bad{i}", {"prompt_token_ids": good["base"]}, params)
+    params = params_of(good, 8, 1.0)
+    engine.add_request("good", {"prompt_token_ids": good["base"]}, params)
+    ended = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                ended[output.request_id] = output.outputs[0]
+    assert list(ended.pop("good").token_ids) == greedy(reference, good, 8, 1.0)[0]
+    assert len(ended) == 5
+    assert {(o.finish_reason, tuple(o.token_ids)) for o in ended.values()} == {("error", ())}
+
+
+@pytest.mark.skipif(RUNNER == "v2", reason="the V1 runner's refusal")
+def test_the_v1_runner_refuses_and_names_the_way_out(trio):
+    with running(**trio) as llm:
+        for prompt, extra in (
+            ({"base": [5, 6], "expert": [7]}, {}),
+            ("w5 w6", {"proxy_expert_prompt": [7]}),
+        ):
+            params = greedy_params(4, proxy_alpha=1.0)
+            params.extra_args |= extra
+            with pytest.raises(UserError, match="PROXY_VLLM_CPU_RUNNER=v2"):
+                llm.generate([prompt], params, use_tqdm=False)
+        assert llm.generate(["w5 w6"], greedy_params(4), use_tqdm=False)[0].outputs
+    with pytest.raises(UserError, match="expert-chat-template: .*PROXY_VLLM_CPU_RUNNER=v2"):
+        ProxyLLM(**trio, expert_chat_template="plain")
+
+
+@v2
+def test_speculation_excludes_own_prompts(trio):
+    with pytest.raises(UserError, match="speculation"):
+        ProxyLLM(**trio, speculative_tokens=2, expert_chat_template="plain")
+    with running(**trio, speculative_tokens=2) as llm:
+        with pytest.raises(UserError, match="--speculative-tokens"):
+            llm.generate([{"base": [5], "expert": [6]}], greedy_params(4), use_tqdm=False)
+
+
+MESSAGES = [
+    {"role": "system", "content": "w9 w10"},
+    {"role": "user", "content": [{"type": "text", "text": "w11 w12 w13"}]},
+]
+
+
+def ids_of(text: str) -> list[int]:
+    special = {"user": 2, "assistant": 3}
+    return [special.get(w) or (int(w[1:]) if w[1:].isdigit() else 0) for w in text.split()]
+
+
+@v2
+def test_chat_renders_each_role_by_its_own_template(trio, reference, tmp_path):
+    """The tokenizers know user, assistant and wN; every other word reads as token 0."""
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for m in messages %}w20 {{ m.content }} {% endfor %}w21")
+    texts = {
+        "base": "w9 w10 w11 w12 w13",
+        "expert": "system w9 w10 user w11 w12 w13 assistant",
+        "antiexpert": "w20 w9 w10 w20 w11 w12 w13 w21",
+    }
+    templates = {"base": "plain", "expert": "auto", "antiexpert": str(own)}
+    with running(**trio, **{f"{r}_chat_template": t for r, t in templates.items()}) as llm:
+        (output,) = llm.chat(MESSAGES, greedy_params(8), use_tqdm=False)
+        prompt = {role: ids_of(text) for role, text in texts.items()}
+        assert output.prompt_token_ids == prompt["base"]
+        assert list(output.outputs[0].token_ids) == greedy(reference, prompt, 8, 1.0)[0]
+        image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+        with pytest.raises(UserError, match="read text only"):
+            llm.chat(image, greedy_params(4), use_tqdm=False)
