@@ -38,6 +38,9 @@ class ProxyConfig:
         expert_chat_template: Jinja by which the expert reads a chat, ``auto`` for the template of
             its own tokenizer, or None to read what the base reads.
         antiexpert_chat_template: the same for the antiexpert.
+        fused_head_max_batch: up to this many rows, steps of greedy and plain temperature rows draw
+            tokens straight from the head weights (Model Runner V2, one rank). 0 is off, the default
+            until the crossover has been measured on a GPU.
     """
 
     expert: str
@@ -49,6 +52,7 @@ class ProxyConfig:
     allow_tokenizer_mismatch: bool = False
     expert_chat_template: str | None = None
     antiexpert_chat_template: str | None = None
+    fused_head_max_batch: int = 0
 
     def __post_init__(self) -> None:
         for role in ("expert", "antiexpert"):

@@ -31,7 +31,7 @@ class ProxyCPUModelRunner(CPUModelRunner):
             dtype=np.float32,
         )
         tokens = np.diff(self.query_start_loc.np[: len(req_ids) + 1])
-        alpha = torch.full((positions.shape[-1],), self.proxy_config.alpha)
+        alpha = torch.full((positions.shape[-1],), self.proxy_config.alpha, dtype=torch.float32)
         alpha[: tokens.sum()] = torch.from_numpy(np.repeat(alphas, tokens))
         return super()._model_forward(*args, positions=positions, alpha=alpha, **kwargs)
 

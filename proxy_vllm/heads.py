@@ -1,4 +1,4 @@
-"""The three output heads under tensor parallelism: each rank keeps its own columns.
+"""The three output heads: read through their weights, or under tensor parallelism by columns.
 
 Combining before communicating means that ranks exchange what the sampler needs (a pair a row, or a
 few counts) instead of three gathered ``[N, V]``; what needs the whole distribution gathers one.
@@ -11,6 +11,7 @@ import torch.nn as nn
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 
 from proxy_vllm.formula import combine_logits
+from proxy_vllm.kernels.fused_head import fused_head_sample, supports
 from proxy_vllm.kernels.sharded import Exchange, realign_columns
 
 # Models whose `compute_logits` is vLLM's logits processor over `lm_head` and nothing more, and that
@@ -92,3 +93,54 @@ class ShardedHeads:
             own = combine_logits(base, expert, antiexpert, alpha)
         own = nn.functional.pad(own, (0, self.width - own.shape[1]))
         return tensor_model_parallel_all_gather(own)[:, : self.vocab_size]
+
+
+class FusedHeads:
+    """The members' head weights, for drawing tokens without logits in memory.
+
+    Fit for vLLM's plain heads on one rank; a head that is quantised or carries an adapter, or whose
+    model does more than multiply, keeps its own logits.
+    """
+
+    def __init__(self, members: list[nn.Module]) -> None:
+        heads = [member.lm_head for member in members]
+        processors = [member.logits_processor for member in members]
+        # Rows past the checkpoint's vocabulary are vLLM's padding.
+        self.weights = [h.weight.data[: h.org_vocab_size] for h in heads]
+        self.soft_caps = [processor.soft_cap for processor in processors]
+        self.scales = [processor.scale for processor in processors]
+
+    @staticmethod
+    def supports(members: list[nn.Module], dtypes: list[torch.dtype]) -> bool:
+        """Whether the weights and these hidden dtypes are all there is to each member's logits."""
+        if get_tp_group().world_size > 1 or not all(map(has_local_logits, members)):
+            return False
+        if any(not hasattr(m, "logits_processor") for m in members):
+            return False
+        processors = [member.logits_processor for member in members]
+        return all(
+            p.head_dtype in (None, dtype) for p, dtype in zip(processors, dtypes)
+        ) and supports([m.lm_head for m in members], [p.soft_cap for p in processors])
+
+    def sample(
+        self,
+        hidden: list[torch.Tensor],  # 3 x [B, d_m]
+        alpha: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        row_to_request: torch.Tensor,
+    ) -> torch.Tensor:  # [B] int64
+        """One token a row; arguments as ``kernels/fused_head.py``."""
+        tokens, _ = fused_head_sample(
+            [h.contiguous() for h in hidden],
+            self.weights,
+            alpha,
+            temperature,
+            seeds,
+            positions,
+            row_to_request=row_to_request,
+            soft_caps=self.soft_caps,
+            scales=self.scales,
+        )
+        return tokens

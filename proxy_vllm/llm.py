@@ -32,6 +32,7 @@ class ProxyLLM(LLM):
         alpha_range: lowest and highest ``proxy_alpha`` that a request may ask for.
         expert_args, antiexpert_args: ``vllm.config.ModelConfig`` fields of one member alone.
         allow_tokenizer_mismatch: serve members whose tokenizers disagree on a token id.
+        fused_head_max_batch: see ``proxy_vllm.config.ProxyConfig``.
         speculative_tokens: draft this many tokens a step with the expert.
         base_chat_template, expert_chat_template, antiexpert_chat_template: how each member reads a
             ``chat``: ``"auto"`` (its tokenizer's own template), ``"plain"``, ``"llama-2"``,
@@ -61,6 +62,7 @@ class ProxyLLM(LLM):
         expert_args: dict[str, Any] | None = None,
         antiexpert_args: dict[str, Any] | None = None,
         allow_tokenizer_mismatch: bool = False,
+        fused_head_max_batch: int = 0,
         speculative_tokens: int | None = None,
         base_chat_template: str | None = None,
         expert_chat_template: str | None = None,
@@ -79,6 +81,7 @@ class ProxyLLM(LLM):
             allow_tokenizer_mismatch=allow_tokenizer_mismatch,
             expert_chat_template=resolve_template("expert", expert_chat_template),
             antiexpert_chat_template=resolve_template("antiexpert", antiexpert_chat_template),
+            fused_head_max_batch=fused_head_max_batch,
         )
         if base_chat_template not in (None, AUTO):
             if kwargs.get("chat_template") is not None:

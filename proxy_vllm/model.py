@@ -15,7 +15,7 @@ from vllm.sequence import IntermediateTensors
 from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
 from proxy_vllm.formula import combine_logits
-from proxy_vllm.heads import ShardedHeads, Shards
+from proxy_vllm.heads import FusedHeads, ShardedHeads, Shards
 from proxy_vllm.members import (
     build_member,
     load_member,
@@ -70,6 +70,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         if get_pp_group().is_last_rank and ShardedHeads.supports(self.members()):
             self.sharded_heads = ShardedHeads(self.members(), self.vocab_size)
         self.weights_loaded = False
+        self.fused_heads: FusedHeads | None = None
         # Hidden size of each member, known when it has run once (some project after their norm).
         self._widths: tuple[int, ...] = ()
 
@@ -161,7 +162,10 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
     def _pack(self, hidden: list[torch.Tensor], alpha: torch.Tensor | None) -> torch.Tensor:
         if alpha is None:
             alpha = torch.full(
-                (hidden[0].shape[0],), self.proxy_config.alpha, device=hidden[0].device
+                (hidden[0].shape[0],),
+                self.proxy_config.alpha,
+                dtype=torch.float32,
+                device=hidden[0].device,
             )
         self._widths = tuple(h.shape[-1] for h in hidden)
         bits = alpha.contiguous()[:, None].view(self.hidden_dtype)  # [T, 1] or [T, 2]
@@ -175,13 +179,28 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         hidden = [
             h.to(self.member_configs[role].model_config.dtype) for role, h in zip(ROLES, hidden)
         ]
-        return hidden, bits.contiguous().view(torch.float32).squeeze(-1)
+        # A copy, so that its start is aligned for float32 whatever the widths before it.
+        return hidden, bits.clone(memory_format=torch.contiguous_format).view(torch.float32)[:, 0]
 
     def logits_for_sampling(self, hidden: list[torch.Tensor]) -> list[torch.Tensor] | Shards:
         """Logits of each member: whole, ``3 x [N, V_m]``, or this rank's columns of them."""
         if self.sharded_heads is not None:
             return self.sharded_heads.local(hidden)
         return [member.compute_logits(h) for member, h in zip(self.members(), hidden)]
+
+    def prepare_fused_heads(self) -> None:
+        """Set ``fused_heads`` once the weights are in their final form.
+
+        Raises:
+            UserError: a member's head cannot be read as one weight matrix.
+        """
+        dtypes = [self.member_configs[role].model_config.dtype for role in ROLES]
+        if not FusedHeads.supports(self.members(), dtypes):
+            raise UserError(
+                "--fused-head-max-batch: a member's output head is quantised, sharded or more than"
+                " one product; leave the option out"
+            )
+        self.fused_heads = FusedHeads(self.members())
 
     def combine(
         self,

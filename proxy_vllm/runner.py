@@ -48,6 +48,16 @@ class ProxyModelRunner(GPUModelRunner):
             return super().sample(hidden_states, input_batch, grammar_output)
 
         hidden, alpha = self.model.unpack(hidden_states[input_batch.logits_indices])
+        heads = self.model.fused_heads
+        if (
+            heads is not None
+            and not len(rows)
+            and input_batch.num_reqs <= self.model.proxy_config.fused_head_max_batch
+            and sampler.without_filters(input_batch)
+        ):
+            tokens = sampler.sample_heads(heads, hidden, input_batch)
+            output = sampler.output_of(tokens, input_batch)
+            return output, output.num_sampled, output.num_rejected
         logits = self.model.logits_for_sampling(hidden)
         output = sampler.output_of(sampler.sample_fused(logits, input_batch), input_batch)
         if len(rows):

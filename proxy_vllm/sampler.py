@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
-from proxy_vllm.heads import Shards
+from proxy_vllm.heads import FusedHeads, Shards
 from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.sharded import Exchange, ShardedSampler
 
@@ -92,6 +92,29 @@ class ProxySampler(Sampler):
             constrained = set(grammar_req_ids)
             needs = needs | np.array([r in constrained for r in input_batch.req_ids])
         return np.flatnonzero(needs)
+
+    def without_filters(self, input_batch: InputBatch) -> bool:
+        """Whether every row is greedy or of plain temperature."""
+        states, rows = self.sampling_states, input_batch.idx_mapping_np
+        return not (
+            self.use_fp64_gumbel
+            or np.any(states.top_k.np[rows] != states.vocab_size)
+            or np.any(states.top_p.np[rows] != 1.0)
+            or np.any(states.min_p.np[rows] != 0.0)
+        )
+
+    def sample_heads(
+        self, heads: FusedHeads, hidden: list[torch.Tensor], input_batch: InputBatch
+    ) -> torch.Tensor:  # [B] int64
+        """One token a row from hidden states, 3 x ``[B, d_m]``, for a batch without filters."""
+        return heads.sample(
+            hidden,
+            self.alpha.gpu,
+            self.sampling_states.temperature.gpu,
+            self.sampling_states.seeds.gpu,
+            input_batch.positions[input_batch.logits_indices],
+            input_batch.idx_mapping,
+        )
 
     def sample_fused(
         self, logits: list[torch.Tensor] | Shards, input_batch: InputBatch

@@ -29,6 +29,10 @@ class ProxyWorker(Worker):
                 f"--load-format {load_format} does not load the expert and the antiexpert:"
                 " use auto, safetensors, pt or dummy"
             )
+        if model.proxy_config.fused_head_max_batch > 0:
+            if not self.use_v2_model_runner:
+                raise UserError("--fused-head-max-batch needs Model Runner V2: leave it out")
+            model.prepare_fused_heads()
         self._weight_bytes = {role: weight_bytes(getattr(model, role)) for role in ROLES}
         logger.info(
             "Weights on rank %d: %s",

@@ -65,6 +65,14 @@ def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="serve members whose tokenizers disagree on a token id",
     )
+    group.add_argument(
+        "--fused-head-max-batch",
+        type=int,
+        default=0,
+        metavar="ROWS",
+        help="draw tokens straight from the head weights in steps of at most this many rows"
+        " (default: 0, off)",
+    )
 
 
 def proxy_config(args: argparse.Namespace):
@@ -82,6 +90,7 @@ def proxy_config(args: argparse.Namespace):
         allow_tokenizer_mismatch=args.allow_tokenizer_mismatch,
         expert_chat_template=resolve_template("expert", args.expert_chat_template),
         antiexpert_chat_template=resolve_template("antiexpert", args.antiexpert_chat_template),
+        fused_head_max_batch=args.fused_head_max_batch,
     )
 
 

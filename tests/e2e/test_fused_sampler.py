@@ -92,9 +92,7 @@ def test_special_rows_leave_the_others_on_the_fused_path(trio, expected, monkeyp
     sampling[1] = params(ROWS[1], ALPHAS[1], logprobs=3)
     sampling[5] = params(ROWS[5], ALPHAS[5], logprobs=0)
     with running(**trio) as llm:
-        outputs = llm.generate(
-            [{"prompt_token_ids": p} for p in PROMPTS], sampling, use_tqdm=False
-        )
+        outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling, use_tqdm=False)
     assert [list(o.outputs[0].token_ids) for o in outputs] == expected
     assert len(fused_rows) >= TOKENS
     for i, output in enumerate(outputs):
@@ -104,6 +102,29 @@ def test_special_rows_leave_the_others_on_the_fused_path(trio, expected, monkeyp
         else:
             for token, step in zip(output.outputs[0].token_ids, output.outputs[0].logprobs):
                 assert token in step and len(step) >= max(asked, 1)
+
+
+def test_tokens_drawn_from_head_weights(trio, expected, monkeypatch):
+    """Rows without filters, once below and once above the batch that the option names."""
+    import proxy_vllm.heads as heads
+
+    calls = []
+    fused = heads.fused_head_sample
+
+    def counted(hidden, *args, **kwargs):
+        calls.append(hidden[0].shape[0])
+        return fused(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(heads, "fused_head_sample", counted)
+    with running(**trio, fused_head_max_batch=2) as llm:
+        for rows in ([0, 1], [0, 1, 0]):
+            outputs = llm.generate(
+                [{"prompt_token_ids": PROMPTS[i]} for i in rows],
+                [params(ROWS[i], ALPHAS[i]) for i in rows],
+                use_tqdm=False,
+            )
+            assert [list(o.outputs[0].token_ids) for o in outputs] == [expected[i] for i in rows]
+    assert len(calls) >= TOKENS and max(calls) <= 2
 
 
 def test_batch_of_special_rows_only(trio, expected):

@@ -1,9 +1,14 @@
 """Members that differ from each other: vocabulary, dtype, quantization."""
 
+import copy
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from engines import greedy_params, prompt_ids, running
-from reference_loop import Trio, greedy
+from reference_loop import Trio, greedy, prompt_logits
+from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
 STEPS = 16
@@ -37,9 +42,7 @@ def test_vocabularies_of_different_sizes(tmp_path, sizes):
     base, expert, antiexpert = sizes
     trio = {
         "model": make_model(tmp_path / "base", seed=1, vocab=base, tokenizer_size=99),
-        "expert": make_model(
-            tmp_path / "expert", seed=2, vocab=expert, tokenizer_size=99, **SMALL
-        ),
+        "expert": make_model(tmp_path / "expert", seed=2, vocab=expert, tokenizer_size=99, **SMALL),
         "antiexpert": make_model(
             tmp_path / "antiexpert", seed=3, vocab=antiexpert, tokenizer_size=99, **SMALL
         ),
@@ -58,3 +61,142 @@ def test_vocabularies_of_different_sizes(tmp_path, sizes):
             seen.update(tokens)
     if base > min(expert, antiexpert):
         assert any(token >= min(expert, antiexpert) for token in seen), "proves nothing"
+
+
+@pytest.fixture
+def folders(tmp_path) -> dict[str, str]:
+    return {
+        "model": make_model(tmp_path / "base", seed=1),
+        "expert": make_model(tmp_path / "expert", seed=2, **SMALL),
+        "antiexpert": make_model(tmp_path / "antiexpert", seed=3, **SMALL),
+    }
+
+
+def load(folders: dict[str, str]) -> Trio:
+    return Trio.load(folders["model"], folders["expert"], folders["antiexpert"], torch.float32)
+
+
+def worst_difference(outputs, reference: Trio) -> float:
+    """Largest gap of any returned log-probability to the loop's after the same tokens.
+
+    Rounding may turn a greedy choice, so the loop reads vLLM's tokens instead of its own.
+    """
+    worst = 0.0
+    for output, prompt, alpha in zip(outputs, PROMPTS, ALPHAS, strict=True):
+        ids = prompt + list(output.outputs[0].token_ids)
+        rows = prompt_logits(reference, ids, alpha)[len(prompt) - 1 : -1].log_softmax(-1)
+        for row, entries in zip(rows, output.outputs[0].logprobs, strict=True):
+            gaps = [abs(entry.logprob - float(row[token])) for token, entry in entries.items()]
+            worst = max(worst, *gaps)
+    return worst
+
+
+def member_dtypes(llm) -> dict[str, torch.dtype]:
+    (dtypes,) = llm.apply_model(
+        lambda model: {
+            role: next(getattr(model, role).parameters()).dtype
+            for role in ("base", "expert", "antiexpert")
+        }
+    )
+    return dtypes
+
+
+@pytest.mark.parametrize("role", ["model", "expert"])
+def test_one_member_in_bfloat16(role, folders):
+    reference = load(folders)
+    name = "base" if role == "model" else role
+    getattr(reference, name).to(torch.bfloat16)
+    # A small member's dtype is the base's unless it names its own.
+    args = (
+        {"expert_args": {"dtype": "bfloat16"}}
+        if role == "expert"
+        else {
+            "dtype": "bfloat16",
+            "expert_args": {"dtype": "float32"},
+            "antiexpert_args": {"dtype": "float32"},
+        }
+    )
+    with running(**folders, **args) as llm:
+        dtypes = member_dtypes(llm)
+        outputs = ask(llm, logprobs=20)
+    assert dtypes.pop(name) is torch.bfloat16
+    assert set(dtypes.values()) == {torch.float32}
+    # vLLM and Transformers round at different places: 8 bits over logits of size 5, times alpha.
+    assert 1e-4 < worst_difference(outputs, reference) < 0.3
+    if role == "expert":  # alpha 0 is the base, which is in float32
+        assert list(outputs[1].outputs[0].token_ids) == greedy(reference, PROMPTS[1], STEPS, 0)[0]
+
+
+def test_all_members_in_bfloat16(folders):
+    """A row's alpha passes beside 16-bit hidden states unharmed: alpha 0 is the base, exactly."""
+    from vllm import LLM
+
+    with running(**folders, dtype="bfloat16") as llm:
+        dtypes = member_dtypes(llm)
+        outputs = ask(llm, logprobs=20)
+        at_zero = ask(llm, alphas=[0.0] * 3, logprobs=20)
+    with running(LLM, model=folders["model"], dtype="bfloat16") as llm:
+        base = ask(llm, alphas=[None] * 3, logprobs=20)
+    for ours, theirs in zip(at_zero, base, strict=True):
+        assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+        assert ours.outputs[0].logprobs == theirs.outputs[0].logprobs
+    reference = load(folders)
+    for model in reference.models():
+        model.to(torch.bfloat16)
+    assert set(dtypes.values()) == {torch.bfloat16}
+    assert worst_difference(outputs, reference) < 0.5
+
+
+KIND = {"num_bits": 8, "type": "int", "symmetric": True}
+W8A8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**KIND, "strategy": "channel", "dynamic": False},
+            "input_activations": {**KIND, "strategy": "token", "dynamic": True},
+        }
+    },
+}
+
+
+def quantize(folder: str, model: torch.nn.Module) -> None:
+    """Make a checkpoint int8 (compressed-tensors W8A8), and ``model`` compute what it means.
+
+    Weights are rounded to -63 .. 63 with a scale for each output channel: over the whole range of
+    int8, CPUs without VNNI instructions saturate in vLLM's kernel. Inputs are rounded to
+    -127 .. 127 with a scale for each token.
+    """
+
+    def round_input(module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        scale = args[0].abs().amax(-1, keepdim=True) / 127
+        return ((args[0] / scale).round() * scale,)
+
+    path = Path(folder) / "model.safetensors"
+    tensors = load_file(path)
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            weight = tensors[f"{name}.weight"]
+            scale = weight.abs().amax(dim=1, keepdim=True) / 63
+            rounded = (weight / scale).round()
+            tensors[f"{name}.weight"] = rounded.to(torch.int8)
+            tensors[f"{name}.weight_scale"] = scale
+            module.weight.data = rounded * scale
+            module.register_forward_pre_hook(round_input)
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = Path(folder) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": W8A8}))
+
+
+@pytest.mark.parametrize("role", ["model", "expert"])
+def test_one_member_quantized(role, folders):
+    plain = load(folders)
+    reference = copy.deepcopy(plain)
+    quantize(folders[role], reference.base if role == "model" else reference.expert)
+    with running(**folders) as llm:
+        outputs = ask(llm, logprobs=20)
+    assert worst_difference(outputs, reference) < 1e-3
+    assert worst_difference(outputs, plain) > 0.05, "the test would not notice quantization"
