@@ -101,6 +101,14 @@ def test_without_prefix_caching(trio, reference):
 
 
 @v2
+def test_tensor_parallel(trio, reference, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    prompts = [prompts_of(n, seed=350 + i) for i, n in enumerate(LENGTHS[3:9])]
+    with running(**trio, tensor_parallel_size=2, max_num_batched_tokens=40) as llm:
+        check(llm, reference, prompts, [1.0, 0.5, -1.0, 2.0, 1.0, 0.5], max_tokens=6)
+
+
+@v2
 def test_random_lengths_arriving_while_others_run(trio, reference):
     """Requests join in the middle of others, so prompts of one meet decodes of another."""
     rng = random.Random(7)
@@ -349,7 +357,7 @@ def test_the_v1_runner_refuses_and_names_the_way_out(trio):
             with pytest.raises(UserError, match="PROXY_VLLM_CPU_RUNNER=v2"):
                 llm.generate([prompt], params, use_tqdm=False)
         assert llm.generate(["w5 w6"], greedy_params(4), use_tqdm=False)[0].outputs
-    with pytest.raises(UserError, match="expert-chat-template: .*PROXY_VLLM_CPU_RUNNER=v2"):
+    with pytest.raises(UserError, match=r"expert-chat-template: .*PROXY_VLLM_CPU_RUNNER=v2"):
         ProxyLLM(**trio, expert_chat_template="plain")
 
 
@@ -357,9 +365,11 @@ def test_the_v1_runner_refuses_and_names_the_way_out(trio):
 def test_speculation_excludes_own_prompts(trio):
     with pytest.raises(UserError, match="speculation"):
         ProxyLLM(**trio, speculative_tokens=2, expert_chat_template="plain")
-    with running(**trio, speculative_tokens=2) as llm:
-        with pytest.raises(UserError, match="--speculative-tokens"):
-            llm.generate([{"base": [5], "expert": [6]}], greedy_params(4), use_tqdm=False)
+    with (
+        running(**trio, speculative_tokens=2) as llm,
+        pytest.raises(UserError, match="--speculative-tokens"),
+    ):
+        llm.generate([{"base": [5], "expert": [6]}], greedy_params(4), use_tqdm=False)
 
 
 MESSAGES = [
