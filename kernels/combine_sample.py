@@ -19,7 +19,7 @@ import torch
 from vllm.triton_utils import triton
 
 from proxy_vllm.kernels.checks import check_logits, check_request_state
-from proxy_vllm.kernels.device import num_shared_columns, require_triton
+from proxy_vllm.kernels.device import INTERPRETED, num_shared_columns, require_triton
 from proxy_vllm.kernels.select import MAX_VOCAB
 from proxy_vllm.kernels.thresholds import find_thresholds
 from proxy_vllm.kernels.tiles import (
@@ -32,13 +32,9 @@ from proxy_vllm.kernels.tiles import (
 __all__ = ["SampleLaunch", "choose_tile", "proxy_combine", "proxy_sample"]
 
 
-def _on_gpu(tensor: torch.Tensor) -> bool:
-    return tensor.device.type != "cpu"
-
-
-def choose_tile(num_rows: int, vocab_size: int, on_gpu: bool) -> int:
+def choose_tile(num_rows: int, vocab_size: int) -> int:
     """Columns a program works on; results do not depend on it."""
-    if not on_gpu:
+    if INTERPRETED:
         # The interpreter pays for every program, not for every column.
         return min(triton.next_power_of_2(vocab_size), 16384)
     # Two programs for each multiprocessor of a large GPU before tiles grow.
@@ -80,7 +76,7 @@ class SampleLaunch:
         self.num_rows, self.num_cols = base.shape
         self.vocab_start = vocab_start
         self.vocab_size = self.num_cols if vocab_size is None else vocab_size
-        self.tile = tile or choose_tile(self.num_rows, self.num_cols, _on_gpu(base))
+        self.tile = tile or choose_tile(self.num_rows, self.num_cols)
         self.num_tiles = triton.cdiv(self.num_cols, self.tile)
         self.use_fp64 = use_fp64_gumbel
         self.inputs = (
@@ -317,7 +313,7 @@ def proxy_combine(
     if num_rows == 0:
         return out
     require_triton()
-    tile = choose_tile(num_rows, vocab_size, _on_gpu(base))
+    tile = choose_tile(num_rows, vocab_size)
     combine_only_kernel[(num_rows, triton.cdiv(vocab_size, tile))](
         base,
         base.stride(0),

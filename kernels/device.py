@@ -4,11 +4,14 @@ The Gumbel noise is vLLM's own (``vllm.v1.worker.gpu.sample.gumbel``), imported 
 that a token drawn here equals the one vLLM draws from the same logits, seed and position.
 """
 
+import os
+
 import torch
 from vllm.triton_utils import HAS_TRITON, tl, triton
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_noised_argmax, murmur3_hash32
 
 __all__ = [
+    "INTERPRETED",
     "combine_tile",
     "float_key",
     "gumbel_noised_argmax",
@@ -19,6 +22,9 @@ __all__ = [
     "row_slot",
     "unscaled_tile",
 ]
+
+# Triton's interpreter runs the kernels on the CPU, one program after another.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 # Largest finite float32.
 _FLT_MAX = tl.constexpr(3.4028234663852886e38)

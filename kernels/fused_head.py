@@ -17,7 +17,7 @@ from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.sample.gumbel import _log1p_neg_stable, murmur3_uniform32
 
 from proxy_vllm.kernels.checks import LOGIT_DTYPES, check_request_state
-from proxy_vllm.kernels.device import require_triton
+from proxy_vllm.kernels.device import INTERPRETED, require_triton
 from proxy_vllm.kernels.tiles import winner_kernel
 
 MEMBERS = ("base", "expert", "antiexpert")
@@ -250,8 +250,9 @@ def fused_head_sample(
         BLOCK_K=block_k,
         BASE_CAP=bool(soft_caps[0]),
         SMALL_CAP=bool(soft_caps[1]),
-        UPCAST=base.device.type == "cpu",
-        num_warps=4,
+        UPCAST=INTERPRETED,
+        # Three accumulators must fit: 64 rows spill with 4 warps.
+        num_warps=4 if block_b == 16 else 8,
         num_stages=3,
     )
     unused = (best_score, 0) * 3

@@ -11,6 +11,8 @@ is the argmax of the kept logits plus Gumbel noise keyed by (seed, position, tok
 Written to be read, not to be fast: loops over rows, sorts the vocabulary, float64 by default.
 """
 
+import math
+
 import torch
 
 _MASK32 = 0xFFFFFFFF
@@ -80,9 +82,9 @@ def kept_row(
     among what top-k left, is below top_p: the first is always kept, ties stay together. vLLM's
     sort-based version keeps the same set except that among equal logits the sort decides.
     """
-    threshold = torch.tensor(-torch.inf, dtype=x.dtype)
+    threshold = x.new_tensor(-torch.inf)
     if min_p > 0:
-        threshold = torch.maximum(threshold, x.max() + torch.log(torch.tensor(min_p)).to(x.dtype))
+        threshold = torch.maximum(threshold, x.max() + math.log(min_p))
     if 0 < top_k < x.shape[0]:
         threshold = torch.maximum(threshold, torch.sort(x, descending=True).values[top_k - 1])
     kept = x >= threshold
@@ -93,7 +95,7 @@ def kept_row(
         cumulative = torch.cumsum(weight[order], 0)
         # Mass of strictly larger tokens: the cumulative sum before the first of equal values.
         first = torch.searchsorted(-values, -values)
-        larger = torch.cat([torch.zeros(1, dtype=x.dtype), cumulative])[first]
+        larger = torch.cat([cumulative.new_zeros(1), cumulative])[first]
         inside = torch.empty_like(kept)
         inside[order] = (larger < top_p * cumulative[-1]) | (first == 0)
         kept = kept & inside
@@ -152,11 +154,11 @@ def scores(
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:  # [B, V]
     """What proxy_sample takes the argmax of: -inf where a filter drops the token."""
-    rows = torch.arange(base.shape[0])
+    rows = torch.arange(base.shape[0], device=base.device)
     slots = rows if row_to_request is None else row_to_request.long()
     temp = temperature[slots]
     x = scaled(combine(base, expert, antiexpert, alpha[slots], dtype), temp)
-    token_ids = torch.arange(x.shape[1])
+    token_ids = torch.arange(x.shape[1], device=x.device)
     out = x.clone()
     for row, slot in enumerate(slots.tolist()):
         if temp[row] == 0:

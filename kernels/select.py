@@ -170,9 +170,9 @@ def _measure(x, pivots, lo, hi, maximum, MASS: tl.constexpr):
         mass = tl.where(x == maximum, 1.0, tl.exp(x - maximum))
         weight = tl.where(inside, (mass * _MASS_UNIT).to(tl.int64), 0)
     else:
-        weight = inside.to(tl.int64)
+        weight = inside.to(tl.int32)
     above = x[None, :] >= pivots[:, None]
-    totals = tl.sum(tl.where(above, weight[None, :], 0), axis=1)
+    totals = tl.sum(tl.where(above, weight[None, :], 0), axis=1).to(tl.int64)
     smallest = tl.min(tl.where(inside, x, float("inf")), axis=0)
     largest = tl.max(tl.where(inside, x, float("-inf")), axis=0)
     return totals, smallest, largest

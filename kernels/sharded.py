@@ -16,8 +16,8 @@ Collectives of one call, each an all_gather (float64 unless said):
 |---|---|---|
 | temperature only | 1 | 16 |
 | min-p | 2 | 16 + 8 |
-| top-k or top-p | 2 + 7 | 16 + 8 + 7 * 272 (int64) |
-| top-k and top-p | 2 + 14 | 16 + 8 + 14 * 272 (int64) |
+| top-k or top-p | 2 + 8 | 16 + 8 + 8 * 144 (int64) |
+| top-k and top-p | 2 + 16 | 16 + 8 + 16 * 144 (int64) |
 """
 
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ import torch
 import torch.distributed as dist
 
 from proxy_vllm.kernels.checks import check_logits, check_request_state
-from proxy_vllm.kernels.combine_sample import SampleLaunch, proxy_combine
+from proxy_vllm.kernels.combine_sample import SampleLaunch, proxy_combine, warps_for
 from proxy_vllm.kernels.device import require_triton
 from proxy_vllm.kernels.select import MAX_VOCAB
 from proxy_vllm.kernels.thresholds import Measurement, ThresholdSearch
 
-# With 32 pivots 7 rounds tell any two of the 2**32 float32 keys apart: 2**32 / (32 * 33**6) < 1.
-NUM_PIVOTS = 32
-NUM_ROUNDS = 7
+# With 16 pivots 8 rounds tell any two of the 2**32 float32 keys apart: 2**32 / (16 * 17**7) < 1.
+NUM_PIVOTS = 16
+NUM_ROUNDS = 8
 
 
 class Exchange:
@@ -189,6 +189,7 @@ class ShardedSampler:
                 launch.tile,
                 NUM_PIVOTS,
                 by_key=True,
+                num_warps=warps_for(launch.tile),
             )
             measured = None
             for _ in range(NUM_ROUNDS):

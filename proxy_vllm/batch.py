@@ -34,6 +34,105 @@ class Result:
         return self.output["completion_tokens"] if self.output else 0
 
 
+@dataclass
+class Slot:
+    number: int
+    result: Result | None = None
+
+
+class RequestPool:
+    """The requests that are in one engine, and what has become of them.
+
+    Args:
+        llm: the engine, for this pool alone while it holds requests.
+        defaults: fields of ``SamplingParams`` for lines that do not set them.
+        token_ids: put ``token_ids`` into the outputs.
+        max_running: sequences in the engine at once; twice what it can batch, if None.
+    """
+
+    def __init__(
+        self,
+        llm: "ProxyLLM",
+        defaults: dict[str, Any] | None = None,
+        *,
+        token_ids: bool = False,
+        max_running: int | None = None,
+    ) -> None:
+        self.llm = llm
+        self.defaults = {**(llm.model_config.get_diff_sampling_param() or {}), **(defaults or {})}
+        self.token_ids = token_ids
+        scheduler = llm.llm_engine.vllm_config.scheduler_config
+        self.max_running = max_running or 2 * scheduler.max_num_seqs
+        self._running: dict[str, tuple[Slot, Request]] = {}
+        self._sequences = 0
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def has_room(self) -> bool:
+        return self._sequences < self.max_running
+
+    def start(self, slot: Slot, data: "dict[str, Any] | UserError") -> None:
+        """Hand a line to the engine; if that cannot be, the slot has its result at once."""
+        request_id = None
+        try:
+            if isinstance(data, UserError):
+                raise data
+            request_id = id_of(slot.number, data)
+            request = parse_request(slot.number, data, self.llm.proxy_config, self.defaults)
+            self._running[self._enqueue(request)] = (slot, request)
+            self._sequences += request.params.n
+        except Exception as error:
+            if engine_is_dead(error):
+                raise
+            slot.result = Result(slot.number, request_id, error=one_line(error))
+
+    def _enqueue(self, request: Request) -> str:
+        """Hand a request to the engine; return the id under which its output will come."""
+        llm = self.llm
+        request_id = str(llm.request_counter.counter)
+        try:
+            if request.messages is not None:
+                llm.enqueue_chat([request.messages], [request.params], use_tqdm=False)
+            else:
+                prompt: Any = request.prompt
+                if not isinstance(prompt, str):
+                    prompt = {"prompt_token_ids": prompt}
+                llm.enqueue([prompt], [request.params], use_tqdm=False)
+        except BaseException:
+            # It may have entered vLLM's tables before it failed, and would be waited for.
+            llm.llm_engine.abort_request([request_id])
+            raise
+        return request_id
+
+    def step(self) -> list[Slot]:
+        """One step of the engine; return the slots whose requests it ended, with results."""
+        return [self._finish(o) for o in self.llm.llm_engine.step() if o.finished]
+
+    def _finish(self, output: Any) -> Slot:
+        slot, request = self._running.pop(output.request_id)
+        self._sequences -= request.params.n
+        reasons = {completion.finish_reason for completion in output.outputs}
+        if reasons & {"error", "abort"}:
+            reason = "the engine could not finish this request"
+            slot.result = Result(slot.number, request.id, error=reason)
+        else:
+            data = result_json(request, output, token_ids=self.token_ids)
+            slot.result = Result(slot.number, request.id, output=data)
+        return slot
+
+    def abort(self) -> None:
+        """Leave the engine empty."""
+        running, self._running = list(self._running), {}
+        self._sequences = 0
+        if running:
+            try:
+                self.llm.llm_engine.abort_request(running)
+            except Exception as error:
+                if not engine_is_dead(error):
+                    raise
+
+
 class BatchGenerator:
     """Answers a stream of requests with one engine that is never left to run empty.
 
@@ -57,17 +156,9 @@ class BatchGenerator:
         max_running: int | None = None,
         max_held: int | None = None,
     ) -> None:
-        self.llm = llm
-        self.defaults = {**(llm.model_config.get_diff_sampling_param() or {}), **(defaults or {})}
-        self.token_ids = token_ids
+        self._pool = RequestPool(llm, defaults, token_ids=token_ids, max_running=max_running)
         self.stop_on_error = stop_on_error
-        scheduler = llm.llm_engine.vllm_config.scheduler_config
-        self.max_running = max_running or 2 * scheduler.max_num_seqs
-        self.max_held = max_held or 16 * self.max_running
-        self._running: dict[str, tuple[_Slot, Request]] = {}
-        self._sequences = 0
-        self._waiting: deque[_Slot] = deque()
-        self._stopped = False
+        self.max_held = max_held or 16 * self._pool.max_running
 
     def run(self, items: Iterable[Item], *, background: bool = False) -> Iterator[Result]:
         """Yield one result for each item, in their order, each as soon as it can be had.
@@ -78,107 +169,42 @@ class BatchGenerator:
                 that has been read.
         """
         source = _Source(items, background)
-        self._stopped = False
-        engine = self.llm.llm_engine
+        waiting: deque[Slot] = deque()
+        stopped = False
         try:
             while True:
-                self._admit(source)
-                while self._waiting and (result := self._waiting[0].result) is not None:
-                    self._waiting.popleft()
+                for _ in range(_ADMITTED_A_STEP):
+                    if stopped or len(waiting) >= self.max_held or not self._pool.has_room():
+                        break
+                    # With nothing to compute and nothing to hand out, wait for the next line.
+                    item = source.next(wait=not waiting)
+                    if item is None:
+                        break
+                    slot = Slot(item[0])
+                    waiting.append(slot)
+                    self._pool.start(slot, item[1])
+                    stopped = self._stops(slot)
+                while waiting and (result := waiting[0].result) is not None:
+                    waiting.popleft()
                     yield result
-                if self._running:
-                    for output in engine.step():
-                        if output.finished:
-                            self._finish(output)
-                elif not self._waiting and (self._stopped or source.ended):
+                if len(self._pool):
+                    ended = self._pool.step()
+                    stopped = stopped or any(map(self._stops, ended))
+                elif not waiting and (stopped or source.ended):
                     return
         finally:
             source.close()
-            self._abort()
+            self._pool.abort()
 
-    def _admit(self, source: "_Source") -> None:
-        for _ in range(_ADMITTED_A_STEP):
-            if self._stopped or len(self._waiting) >= self.max_held:
-                return
-            if self._sequences >= self.max_running:
-                return
-            # With nothing to compute and nothing to hand out, wait for the next line.
-            item = source.next(wait=not self._waiting)
-            if item is None:
-                return
-            slot = _Slot(item[0])
-            self._waiting.append(slot)
-            self._start(slot, item[1])
-
-    def _start(self, slot: "_Slot", data: "dict[str, Any] | UserError") -> None:
-        request_id = None
-        try:
-            if isinstance(data, UserError):
-                raise data
-            request_id = id_of(slot.number, data)
-            request = parse_request(slot.number, data, self.llm.proxy_config, self.defaults)
-            self._running[self._enqueue(request)] = (slot, request)
-            self._sequences += request.params.n
-        except Exception as error:
-            if _engine_is_dead(error):
-                raise
-            self._fail(slot, request_id, one_line(error))
-
-    def _enqueue(self, request: Request) -> str:
-        """Hand a request to the engine; return the id under which its output will come."""
-        llm = self.llm
-        request_id = str(llm.request_counter.counter)
-        try:
-            if request.messages is not None:
-                llm.enqueue_chat([request.messages], [request.params], use_tqdm=False)
-            else:
-                prompt: Any = request.prompt
-                if not isinstance(prompt, str):
-                    prompt = {"prompt_token_ids": prompt}
-                llm.enqueue([prompt], [request.params], use_tqdm=False)
-        except BaseException:
-            # It may have entered vLLM's tables before it failed, and would be waited for.
-            llm.llm_engine.abort_request([request_id])
-            raise
-        return request_id
-
-    def _finish(self, output: Any) -> None:
-        slot, request = self._running.pop(output.request_id)
-        self._sequences -= request.params.n
-        reasons = {completion.finish_reason for completion in output.outputs}
-        if reasons & {"error", "abort"}:
-            self._fail(slot, request.id, "the engine could not finish this request")
-            return
-        data = result_json(request, output, token_ids=self.token_ids)
-        slot.result = Result(slot.number, request.id, output=data)
-
-    def _fail(self, slot: "_Slot", request_id: str | int | None, reason: str) -> None:
-        slot.result = Result(slot.number, request_id, error=reason)
-        self._stopped = self._stopped or self.stop_on_error
-
-    def _abort(self) -> None:
-        """Leave the engine empty, whatever ended the run."""
-        running, self._running = list(self._running), {}
-        self._sequences = 0
-        self._waiting.clear()
-        if running:
-            try:
-                self.llm.llm_engine.abort_request(running)
-            except Exception as error:
-                if not _engine_is_dead(error):
-                    raise
+    def _stops(self, slot: Slot) -> bool:
+        return self.stop_on_error and slot.result is not None and slot.result.error is not None
 
 
-def _engine_is_dead(error: BaseException) -> bool:
+def engine_is_dead(error: BaseException) -> bool:
+    """Did the engine's process end, rather than refuse one request?"""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     return isinstance(error, EngineDeadError)
-
-
-@dataclass
-class _Slot:
-    number: int
-    result: Result | None = None
 
 
 class _Source:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from proxy_vllm.batch import BatchGenerator, Item, Result
+from proxy_vllm.batch import BatchGenerator, Item, Result, engine_is_dead
 from proxy_vllm.errors import UserError
 from proxy_vllm.jsonl import ResultFile, count_lines, only_new, open_input, read_jsonl
 
@@ -130,7 +130,7 @@ class FileJob:
                 number = interrupts.signal or signal.SIGINT
                 print(
                     f"proxy-vllm: stopped by {signal.Signals(number).name};"
-                    f" {results.written} answers written, --resume goes on",
+                    f" answers written: {results.written}; --resume goes on",
                     file=sys.stderr,
                 )
                 return 128 + number
@@ -178,12 +178,12 @@ class FileJob:
                         bad_lines.add(result, progress)
                     progress.add(result.completion_tokens)
         except Exception as error:
-            if not _engine_died(error):
+            if not engine_is_dead(error):
                 raise
             if interrupts.signal is not None:  # the signal reached the engine's process first
                 raise KeyboardInterrupt from None
             raise UserError(
-                f"the engine died, for the reason above; {results.written} answers written,"
+                f"the engine died, for the reason above; answers written: {results.written};"
                 " --resume goes on"
             ) from None
         finally:
@@ -240,9 +240,3 @@ class _BadLines:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def _engine_died(error: BaseException) -> bool:
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    return isinstance(error, EngineDeadError)

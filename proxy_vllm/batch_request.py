@@ -67,6 +67,11 @@ def sampling_fields() -> dict[str, Any]:
     }
 
 
+def request_fields() -> set[str]:
+    """Every field that a line may have."""
+    return {*_OWN_FIELDS, *sampling_fields()}
+
+
 def check_field(name: str, value: Any) -> Any:
     """Return ``value`` as the field ``name`` of ``SamplingParams`` wants it, or raise."""
     from pydantic import ValidationError
@@ -139,7 +144,7 @@ def parse_request(
     given = {name: value for name, value in data.items() if value is not None}
     request_id = id_of(number, given)
     for name in given:
-        if name not in _OWN_FIELDS and name not in sampling_fields():
+        if name not in request_fields():
             raise UserError(
                 f"{name} is not a known field: there are {', '.join(_OWN_FIELDS)} and the fields"
                 " of vllm.SamplingParams"

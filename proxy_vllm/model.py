@@ -22,6 +22,7 @@ from proxy_vllm.members import (
     member_vllm_configs,
     retie_embeddings,
     separate_attention,
+    weight_bytes,
 )
 from proxy_vllm.prompts import obstacle
 
@@ -69,6 +70,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         self.sharded_heads: ShardedHeads | None = None
         if get_pp_group().is_last_rank and ShardedHeads.supports(self.members()):
             self.sharded_heads = ShardedHeads(self.members(), self.vocab_size)
+        # Taken before vLLM repacks weights into forms that are no parameters (as it does on a CPU).
+        self.member_weight_bytes = {role: weight_bytes(getattr(self, role)) for role in ROLES}
         self.weights_loaded = False
         self.fused_heads: FusedHeads | None = None
         # Hidden size of each member, known when it has run once (some project after their norm).
@@ -233,6 +236,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         for role in ROLES[1:]:
             load_member(getattr(self, role), self.member_configs[role])
         self.weights_loaded = True
+        self.member_weight_bytes = {role: weight_bytes(getattr(self, role)) for role in ROLES}
         # vLLM compares what was loaded with what exists. The small members' loaders did so for
         # theirs; a base that does not tell is taken at its word, as vLLM does.
         names = {name for name, _ in self.named_parameters()}

@@ -5,9 +5,9 @@ from vllm.utils.mem_utils import format_gib
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.gpu_worker import Worker
 
-from proxy_vllm.config import ROLES, ProxyConfig, check_vllm_version
+from proxy_vllm.config import ProxyConfig, check_vllm_version
 from proxy_vllm.errors import UserError
-from proxy_vllm.members import kv_bytes_per_token, weight_bytes
+from proxy_vllm.members import kv_bytes_per_token
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -33,11 +33,12 @@ class ProxyWorker(Worker):
             if not self.use_v2_model_runner:
                 raise UserError("--fused-head-max-batch needs Model Runner V2: leave it out")
             model.prepare_fused_heads()
-        self._weight_bytes = {role: weight_bytes(getattr(model, role)) for role in ROLES}
         logger.info(
             "Weights on rank %d: %s",
             self.rank,
-            ", ".join(f"{role} {format_gib(b)} GiB" for role, b in self._weight_bytes.items()),
+            ", ".join(
+                f"{role} {format_gib(b)} GiB" for role, b in model.member_weight_bytes.items()
+            ),
         )
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:

@@ -32,9 +32,7 @@ class GenerateSubcommand(CLISubcommand):
             raise UserError("--data-parallel-size: --replicas N runs N engines on Ray")
         defaults = sampling_defaults(args)
         if args.replicas is not None or args.ray_address is not None:
-            from proxy_vllm.ray_job import run_on_ray
-
-            code = run_on_ray(args, llm_arguments(args), defaults)
+            code = ray_job(args, defaults).run()
         else:
             code = file_job(args, defaults).run(lambda: start_llm(args))
         if code:
@@ -164,6 +162,31 @@ def file_job(args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
         source=args.input[0],
         target=args.output,
         defaults=defaults,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        skip_errors=args.on_error == "skip",
+        token_ids=args.token_ids,
+        show_progress=not args.no_progress,
+    )
+
+
+def ray_job(args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
+    """The ``RayJob`` that the command line describes."""
+    try:
+        from proxy_vllm.ray_job import RayJob
+    except ImportError as error:
+        raise UserError(f"--replicas needs Ray ({error}): pip install 'proxy_vllm[ray]'") from None
+
+    if "-" in (*args.input, args.output):
+        raise UserError("--replicas reads files and folders and writes a folder: - is none")
+    return RayJob(
+        sources=args.input,
+        target=args.output,
+        llm_arguments=llm_arguments(args),
+        sampling=defaults,
+        replicas=1 if args.replicas is None else args.replicas,
+        address=args.ray_address,
+        block_rows=args.block_rows,
         resume=args.resume,
         overwrite=args.overwrite,
         skip_errors=args.on_error == "skip",

@@ -57,15 +57,15 @@ def test_tokens_equal_the_unsharded_ones(ranks):
 
 
 def test_traffic(ranks):
-    """One (score, token) pair a row; with filters a few hundred bytes more, and never logits."""
+    """One (score, token) pair a row; with filters counts and masses besides, and never logits."""
     _, reports = ranks
     measured = {kinds: reports[0]["results"][i][1:] for i, kinds in enumerate(KINDS)}
-    pair, extremes, round_ = 16, 8, 272
+    pair, extremes, round_ = 16, 8, 144
     assert measured[""] == (1, ROWS * pair)
     assert measured["m"] == (2, ROWS * (pair + extremes))
-    assert measured["k"] == (9, ROWS * (pair + extremes + 7 * round_))
-    assert measured["p"] == (9, ROWS * (pair + extremes + 7 * round_))
-    assert measured["kpm"] == (16, ROWS * (pair + extremes + 14 * round_))
+    assert measured["k"] == (10, ROWS * (pair + extremes + 8 * round_))
+    assert measured["p"] == (10, ROWS * (pair + extremes + 8 * round_))
+    assert measured["kpm"] == (18, ROWS * (pair + extremes + 16 * round_))
     assert reports[0]["logprob_traffic"] == (2, ROWS * 8 * (12 + 1))
 
 

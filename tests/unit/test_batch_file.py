@@ -156,7 +156,7 @@ def test_a_signal_leaves_whole_lines_and_resume_goes_on(job, stop, capfd):
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     done = got(job)
     assert 0 < len(done) < 40 and done == want(job)[: len(done)]
-    assert f"stopped by {stop.name}; {len(done)} answers written" in capfd.readouterr().err
+    assert f"stopped by {stop.name}; answers written: {len(done)};" in capfd.readouterr().err
     job.resume = True
     assert job.run(ScriptedLLM) == 0
     assert got(job) == want(job)
@@ -273,7 +273,7 @@ def test_a_dead_engine_is_one_clear_line(job):
         if llm.steps == 30:
             raise EngineDeadError
 
-    with pytest.raises(UserError, match=r"the engine died.* answers written, --resume"):
+    with pytest.raises(UserError, match=r"the engine died.* answers written: \d+; --resume"):
         job.run(lambda: ScriptedLLM(on_step=on_step))
     done = got(job)
     assert 0 < len(done) < 40 and done == want(job)[: len(done)]

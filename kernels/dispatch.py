@@ -1,0 +1,160 @@
+"""Ways to draw a token from three members' outputs, by name: one registry for tests and benchmarks.
+
+| name | what runs |
+|---|---|
+| `eager+vllm` | PyTorch combines in float32, vLLM's sampler filters and draws |
+| `eager+flashinfer` | the same, FlashInfer filters and draws (statistically equal, own noise) |
+| `proxy` | `combine_sample.proxy_sample` |
+| `heads+proxy` | three matrix products store logits, then `proxy` |
+| `fused_head` | `fused_head.fused_head_sample`, no logits in memory |
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from proxy_vllm.kernels.combine_sample import proxy_sample
+from proxy_vllm.kernels.fused_head import fused_head_sample
+
+
+@dataclass
+class SamplerInputs:
+    """One batch, row i of every vector its parameters. Logits or heads, whichever is drawn from."""
+
+    alpha: torch.Tensor  # [B] float32
+    temperature: torch.Tensor  # [B] float32
+    seeds: torch.Tensor  # [B] int64
+    positions: torch.Tensor  # [B] int64
+    logits: tuple[torch.Tensor, ...] = ()  # 3 x [B, V]
+    hidden: tuple[torch.Tensor, ...] = ()  # 3 x [B, d_m]
+    weights: tuple[torch.Tensor, ...] = ()  # 3 x [V, d_m]
+    top_k: torch.Tensor | None = None  # [B] int32, V where off
+    top_p: torch.Tensor | None = None  # [B] float32
+    min_p: torch.Tensor | None = None  # [B] float32
+
+    def filters(self) -> dict[str, torch.Tensor]:
+        named = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def state(self) -> tuple[torch.Tensor, ...]:
+        return self.alpha, self.temperature, self.seeds, self.positions
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`draw` gives tokens [B]; `missing` says why the provider cannot run here, or None."""
+
+    name: str
+    draw: Callable[[SamplerInputs], torch.Tensor]
+    missing: Callable[[], str | None]
+    source: str  # "logits" or "heads"
+    filters: bool = True  # takes top-k, top-p and min-p
+    same_noise: bool = True  # draws the reference's own tokens
+    mixed: bool = True  # takes greedy rows beside random ones
+
+
+def _anywhere() -> None:
+    return None
+
+
+def eager_combine(inputs: SamplerInputs) -> torch.Tensor:  # [B, V] float32
+    """The formula in plain PyTorch, float32."""
+    base, expert, antiexpert = (tensor.float() for tensor in inputs.logits)
+    return base + inputs.alpha[:, None] * (expert - antiexpert)
+
+
+def _rows(logits: torch.Tensor) -> torch.Tensor:
+    return torch.arange(logits.shape[0], dtype=torch.int32, device=logits.device)
+
+
+def _scaled_by_vllm(inputs: SamplerInputs) -> torch.Tensor:
+    from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
+    from vllm.v1.worker.gpu.sample.min_p import apply_min_p
+
+    logits = eager_combine(inputs)
+    apply_temperature(logits, _rows(logits), inputs.temperature)
+    if inputs.min_p is not None:
+        apply_min_p(logits, _rows(logits), inputs.min_p)
+    return logits
+
+
+def _eager_vllm(inputs: SamplerInputs) -> torch.Tensor:
+    from vllm.v1.sample.ops import topk_topp_sampler
+    from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+
+    logits = _scaled_by_vllm(inputs)
+    if inputs.top_k is not None or inputs.top_p is not None:
+        # vLLM's Triton filter does not run in the interpreter; its sort-based one does anywhere.
+        gpu = logits.is_cuda
+        name = "apply_top_k_top_p" if gpu else "apply_top_k_top_p_pytorch"
+        logits = getattr(topk_topp_sampler, name)(logits, inputs.top_k, inputs.top_p)
+    return gumbel_sample(
+        logits,
+        _rows(logits),
+        inputs.temperature,
+        inputs.seeds,
+        inputs.positions,
+        apply_temperature=False,
+        is_drafting=False,
+    )
+
+
+def _flashinfer_missing() -> str | None:
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    return None if find_spec("flashinfer") else "flashinfer is not installed"
+
+
+def _eager_flashinfer(inputs: SamplerInputs) -> torch.Tensor:
+    from vllm.v1.sample.ops.topk_topp_sampler import flashinfer_sample
+
+    logits = _scaled_by_vllm(inputs)
+    if inputs.top_k is None and inputs.top_p is None:
+        import flashinfer
+
+        return flashinfer.sampling.sampling_from_logits(logits, deterministic=True).long()
+    return flashinfer_sample(logits, inputs.top_k, inputs.top_p).long()
+
+
+def _proxy(inputs: SamplerInputs) -> torch.Tensor:
+    return proxy_sample(*inputs.logits, *inputs.state(), **inputs.filters())
+
+
+def _heads_proxy(inputs: SamplerInputs) -> torch.Tensor:
+    logits = [h @ w.T for h, w in zip(inputs.hidden, inputs.weights)]
+    return proxy_sample(*logits, *inputs.state(), **inputs.filters())
+
+
+def _fused_head(inputs: SamplerInputs) -> torch.Tensor:
+    return fused_head_sample(inputs.hidden, inputs.weights, *inputs.state())[0]
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        Provider("eager+vllm", _eager_vllm, _anywhere, "logits"),
+        Provider(
+            "eager+flashinfer",
+            _eager_flashinfer,
+            _flashinfer_missing,
+            "logits",
+            same_noise=False,
+            mixed=False,
+        ),
+        Provider("proxy", _proxy, _anywhere, "logits"),
+        Provider("heads+proxy", _heads_proxy, _anywhere, "heads"),
+        Provider("fused_head", _fused_head, _anywhere, "heads", filters=False),
+    )
+}
+
+
+def get_provider(name: str) -> Provider:
+    """The provider of that name; ValueError with the known names, or with why it cannot run."""
+    if name not in PROVIDERS:
+        raise ValueError(f"provider: {name!r} is not known: {', '.join(PROVIDERS)}")
+    reason = PROVIDERS[name].missing()
+    if reason:
+        raise ValueError(f"provider: {name} {reason}")
+    return PROVIDERS[name]

@@ -1,0 +1,161 @@
+"""Compiles every kernel for Hopper (sm_90) and reports registers, spills and code size.
+
+Needs no GPU: the host code runs as it is, on CPU tensors, with launches replaced by compilation, so
+what is measured is what a GPU would run. Uses the assembler that ships with Triton.
+
+    python -m proxy_vllm.kernels.resources [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+TARGET_ARCH = 90
+
+
+def _prepare() -> None:
+    """Before Triton and vLLM are imported: compile, do not interpret; let vLLM use Triton."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    import triton.backends
+
+    # No active GPU driver is needed to compile; vLLM's CPU build wants a backend named "cpu".
+    idle = SimpleNamespace(is_active=lambda: True)
+    never = SimpleNamespace(supports_target=lambda target: False)
+    triton.backends.backends.setdefault("cpu", SimpleNamespace(driver=idle, compiler=never))
+
+
+def compile_only(compiled: dict) -> None:
+    """From now on this process launches nothing: kernels are compiled and put into `compiled`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    target = GPUTarget("cuda", TARGET_ARCH, 32)
+    driver = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=None: 0,
+    )
+
+    def getitem(self, grid):
+        def launch(*args, **kwargs):
+            kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
+            shape = {k: v for k, v in kwargs.items() if isinstance(v, int)}
+            absent = [n for n, a in zip(self.arg_names, args) if a is None and "ptr" in n]
+            shape["without"] = ",".join(n.removesuffix("_ptr") for n in absent) or "nothing"
+            dtypes = "/".join(
+                str(a.dtype).removeprefix("torch.") for a in args[:1] if hasattr(a, "dtype")
+            )
+            name = self.fn.__name__ + f"[{dtypes}]"
+            compiled[name, tuple(sorted(shape.items()))] = kernel
+
+        return launch
+
+    JITFunction.__getitem__ = getitem
+    triton.runtime.driver.set_active(driver)
+
+
+def _run_all(compiled: dict, quick: bool) -> None:
+    """Every public function at a small and a large batch, with and without filters."""
+    import torch
+
+    from proxy_vllm.kernels import combine_sample, fused_head
+    from proxy_vllm.kernels.sharded import Exchange, ShardedSampler
+
+    vocab = 128256
+    compile_only(compiled)
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
+        for rows in (64,) if quick else (1, 64):
+            logits = torch.empty((rows, vocab), dtype=dtype)
+            ones = torch.ones(rows)
+            ids = torch.zeros(rows, dtype=torch.int64)
+            request = torch.zeros(rows, dtype=torch.int32)
+            filters = {"top_k": request, "top_p": ones, "min_p": ones}
+            call = ([logits] * 3, ones, ones, ids, ids)
+            for given in ({}, {"min_p": ones}, filters):
+                combine_sample.proxy_sample(*call[0], *call[1:], row_to_request=request, **given)
+            combine_sample.proxy_combine(*call[0], ones)
+            ShardedSampler(Exchange()).sample(
+                *call[0], *call[1:], vocab_start=0, vocab_size=vocab, **filters
+            )
+            hidden = [torch.empty((rows, d), dtype=dtype) for d in (4096, 2048, 2048)]
+            weights = [torch.empty((1024, h.shape[1]), dtype=dtype) for h in hidden]
+            fused_head.fused_head_sample(hidden, weights, ones, ones, ids, ids)
+    if quick:
+        return
+    # Float64 noise changes the launches that draw.
+    logits, ones = torch.empty((1, vocab)), torch.ones(1)
+    ids = torch.zeros(1, dtype=torch.int64)
+    combine_sample.proxy_sample(
+        *[logits] * 3, ones, ones, ids, ids, min_p=ones, top_p=ones, use_fp64_gumbel=True
+    )
+
+
+def _tool(name: str) -> str:
+    import triton.backends.nvidia
+
+    return str(Path(triton.backends.nvidia.__file__).parent / "bin" / name)
+
+
+def measure(kernel) -> dict[str, int]:
+    """Registers a thread, bytes of local memory (spills), shared memory, instructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", str(cubin)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        code = subprocess.run(
+            [_tool("nvdisasm"), str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+    return {
+        "registers": int(found["REG"]),
+        "spill_bytes": int(found["STACK"]) + int(found["LOCAL"]),
+        "shared_bytes": kernel.metadata.shared,
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+[@A-Z]", code, re.M)),
+    }
+
+
+def collect(quick: bool = False) -> list[dict]:
+    """One record a compiled kernel; quick: bfloat16 logits and 64 rows alone."""
+    compiled: dict = {}
+    _run_all(compiled, quick)
+    return [
+        {"kernel": name, "constants": dict(constants), **measure(kernel)}
+        for (name, constants), kernel in compiled.items()
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the records to this file")
+    parser.add_argument("--quick", action="store_true", help="bfloat16 and 64 rows alone")
+    options = parser.parse_args()
+    _prepare()
+    import triton
+
+    records = collect(options.quick)
+    print(f"sm_{TARGET_ARCH}, triton {triton.__version__}")
+    print(f"{'registers':>9} {'spills':>6} {'shared':>6} {'instr':>6}  kernel")
+    for record in records:
+        constants = " ".join(f"{k}={v}" for k, v in record["constants"].items())
+        print(
+            f"{record['registers']:>9} {record['spill_bytes']:>6} {record['shared_bytes']:>6} "
+            f"{record['instructions']:>6}  {record['kernel']} {constants}"
+        )
+    if options.json:
+        content = {"arch": TARGET_ARCH, "triton": triton.__version__, "kernels": records}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 1 if any(record["spill_bytes"] for record in records) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,353 @@
+"""The driver of `proxy-vllm generate --replicas`: a dataset of blocks over a pool of engines."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from proxy_vllm.batch_file import Interrupts, Progress
+from proxy_vllm.errors import UserError
+from proxy_vllm.ray_batch import BlockWriter
+from proxy_vllm.ray_blocks import Block, InputFile, OutputFolder, blocks_of, find_files
+
+# Rows of Ray's own dataset in one of its tasks, at most so many tasks.
+_MOST_TASKS = 10_000
+_CONNECT_SECONDS = 5.0
+_MOST_CPU_KV_CACHE = 4 << 30
+
+
+@dataclass
+class RayJob:
+    """Answers files and folders of prompts with several engines on Ray.
+
+    Args:
+        sources: JSONL and Parquet files, and folders of them.
+        target: folder of the answers, one file a block of input rows.
+        llm_arguments: of ``proxy_vllm.ProxyLLM``, for each replica.
+        sampling: fields of ``SamplingParams`` for rows that do not set them.
+        replicas: number of engines; each gets as many GPUs as its ranks are, all on one node, or
+            as many CPUs where vLLM is a CPU build.
+        address: of the Ray cluster; the one that Ray finds, or a local one, if None.
+        block_rows: rows of a block.
+        resume, overwrite, skip_errors, token_ids, show_progress: as for ``FileJob``.
+    """
+
+    sources: list[str]
+    target: str
+    llm_arguments: dict[str, Any]
+    sampling: dict[str, Any] = field(default_factory=dict)
+    replicas: int = 1
+    address: str | None = None
+    block_rows: int = 256
+    resume: bool = False
+    overwrite: bool = False
+    skip_errors: bool = False
+    token_ids: bool = False
+    show_progress: bool = True
+
+    def run(self) -> int:
+        """Answer every block that has no output yet.
+
+        Returns:
+            Exit status: 0; 1 when rows or files were skipped; 128 + n when signal n ended the job.
+
+        Raises:
+            UserError: bad input or set-up. Blocks answered before are in ``target``.
+        """
+        if self.replicas < 1 or self.block_rows < 1:
+            raise UserError("--replicas and --block-rows must be at least 1")
+        files = find_files(self.sources)
+        output = OutputFolder(
+            self.target,
+            self._settings(),
+            files,
+            resume=self.resume,
+            overwrite=self.overwrite,
+        )
+        skipped = _Skipped(self.skip_errors)
+        todo = [b for b in self._blocks(files, skipped) if self.overwrite or not output.has(b)]
+        with Interrupts() as interrupts:
+            counts = _Counts()
+            try:
+                if todo:
+                    _validate_trio(self.llm_arguments)
+                    with _ray(self.address):
+                        resources = replica_resources(self.replicas, self._ranks())
+                        output.open()
+                        self._answer(todo, output, resources, skipped, counts)
+            except KeyboardInterrupt:
+                number = interrupts.signal or signal.SIGINT
+                print(
+                    f"proxy-vllm: stopped by {signal.Signals(number).name};"
+                    f" blocks written: {counts.blocks} of {len(todo)}; --resume goes on",
+                    file=sys.stderr,
+                )
+                return 128 + number
+        return 1 if skipped.count else 0
+
+    def _settings(self) -> dict[str, Any]:
+        """What the answers depend on, and the cut into blocks."""
+        arguments = self.llm_arguments
+        names = ("model", "expert", "antiexpert", "alpha", "revision", "dtype", "quantization")
+        return {
+            "input": [os.path.abspath(name) for name in self.sources],
+            "block_rows": self.block_rows,
+            **{name: str(arguments[name]) for name in names if arguments.get(name) is not None},
+            "sampling": self.sampling,
+            "token_ids": self.token_ids,
+        }
+
+    def _ranks(self) -> int:
+        sizes = (self.llm_arguments.get(f"{kind}_parallel_size") for kind in ("tensor", "pipeline"))
+        ranks = 1
+        for size in sizes:
+            ranks *= size or 1
+        return ranks
+
+    def _plain_ids(self) -> bool:
+        return len(self.sources) == 1 and not os.path.isdir(self.sources[0])
+
+    def _blocks(self, files: list[InputFile], skipped: "_Skipped") -> Iterator[Block]:
+        for file in files:
+            try:
+                yield from blocks_of(file, self.block_rows)
+            except UserError as error:
+                skipped.add(str(error))
+
+    def _answer(
+        self,
+        todo: list[Block],
+        output: OutputFolder,
+        resources: dict[str, float],
+        skipped: "_Skipped",
+        counts: "_Counts",
+    ) -> None:
+        import ray.data
+        from ray.data import ActorPoolStrategy, DataContext
+
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        calls = self._calls()
+        reports = ray.data.from_items(
+            [{"block": block.to_json()} for block in todo],
+            override_num_blocks=min(len(todo), _MOST_TASKS),
+        ).map_batches(
+            BlockWriter,
+            fn_constructor_kwargs={
+                "folder": str(output.path),
+                "llm_arguments": _cpu_share(self.llm_arguments, self.replicas * self._ranks()),
+                "sampling": self.sampling,
+                "token_ids": self.token_ids,
+                "skip_errors": self.skip_errors,
+                "plain_ids": self._plain_ids(),
+            },
+            batch_size=1,
+            # Several blocks in one engine, so that the end of one does not leave it idle.
+            compute=ActorPoolStrategy(
+                size=self.replicas,
+                max_concurrent_calls_per_actor=calls,
+                max_tasks_in_flight_per_actor=calls + 1,
+                enable_true_multi_threading=True,
+            ),
+            runtime_env={"env_vars": _environment()},
+            **resources,
+        )
+        rows = sum(block.rows for block in todo)
+        progress = Progress(rows, self.show_progress)
+        try:
+            for row in reports.iter_rows():
+                report = json.loads(row["report"])
+                if reason := report.get("fatal") or report.get("failed"):
+                    raise UserError(f"{reason} (blocks written: {counts.blocks}; --resume goes on)")
+                counts.add(report)
+                for reason in report.get("said", ()):
+                    skipped.add(reason, progress)
+                skipped.count += report["errors"] - len(report.get("said", ()))
+                progress.add(report["completion_tokens"], report["prompts"], counts.rates())
+        except Exception as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"Ray could not go on: {_reason(error)} (blocks written: {counts.blocks};"
+                " --resume goes on)"
+            ) from error
+        finally:
+            progress.close()
+        if self.show_progress and sys.stderr.isatty():
+            print(counts.table(), file=sys.stderr)
+
+    def _calls(self) -> int:
+        """Blocks at once in one engine: enough rows to fill its batch twice."""
+        sequences = self.llm_arguments.get("max_num_seqs") or 1024
+        return max(2, min(16, -(-2 * sequences // self.block_rows)))
+
+
+class _Skipped:
+    """What could not be answered: said and counted, or the end of the job."""
+
+    def __init__(self, go_on: bool) -> None:
+        self._go_on = go_on
+        self.count = 0
+
+    def add(self, reason: str, progress: Progress | None = None) -> None:
+        if not self._go_on:
+            raise UserError(reason)
+        self.count += 1
+        if progress is not None:
+            progress.say(f"proxy-vllm: {reason}")
+        else:
+            print(f"proxy-vllm: {reason}", file=sys.stderr)
+
+
+class _Counts:
+    """Prompts and tokens of each replica."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        self._start = time.monotonic()
+        self._replicas: dict[str, list[int]] = {}
+
+    def add(self, report: dict[str, Any]) -> None:
+        self.blocks += 1
+        counts = self._replicas.setdefault(report["replica"], [0, 0])
+        counts[0] += report["prompts"]
+        counts[1] += report["completion_tokens"]
+
+    def rates(self) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        each = [f"{name} {tokens / seconds:.0f}" for name, (_, tokens) in self._replicas.items()]
+        return f" ({', '.join(each)})"
+
+    def table(self) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        return "\n".join(
+            f"replica {name}: {prompts} prompts ({prompts / seconds:.2f}/s),"
+            f" {tokens} output tokens ({tokens / seconds:.1f}/s)"
+            for name, (prompts, tokens) in self._replicas.items()
+        )
+
+
+@contextlib.contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    """A connection to Ray, ended with the job unless it was there before."""
+    if ray.is_initialized():
+        yield
+        return
+    _check_reachable(address)
+    loud = "VLLM_LOGGING_LEVEL" in os.environ
+    if not loud:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=loud,
+            logging_level=logging.INFO if loud else logging.ERROR,
+            **({} if address or os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}),
+        )
+    except Exception as error:
+        raise UserError(f"no connection to Ray at {address or 'local'}: {_reason(error)}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself tries for minutes, and says so over many lines."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None or address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--ray-address {address}: auto, HOST:PORT or ray://HOST:PORT is needed")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"no connection to Ray at {address}: {error.strerror or error}") from None
+
+
+def replica_resources(replicas: int, ranks: int) -> dict[str, float]:
+    """What one actor asks Ray for.
+
+    An actor lives on one node, and so do the GPUs of its ranks.
+
+    Raises:
+        UserError: the cluster does not have it; the message counts what is asked for and there.
+    """
+    from vllm.platforms import current_platform
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kind = "CPU" if current_platform.is_cpu() else "GPU"
+    there = [int(node.get(kind, 0)) for node in nodes]
+    if sum(n // ranks for n in there) < replicas:
+        each = f"{replicas} replicas of {ranks} {kind}s" if replicas > 1 else f"{ranks} {kind}s"
+        on = f" on {len(nodes)} nodes, each replica on one" if len(nodes) > 1 else ""
+        raise UserError(
+            f"{each} need {replicas * ranks} {kind}s, and Ray has {sum(there)}{on}: use fewer"
+            " --replicas or a smaller --tensor-parallel-size"
+        )
+    if kind == "GPU":
+        return {"num_cpus": 1, "num_gpus": ranks}
+    share = sum(there) // replicas
+    while sum(n // share for n in there) < replicas:
+        share -= 1
+    return {"num_cpus": share}
+
+
+def _cpu_share(arguments: dict[str, Any], engines: int) -> dict[str, Any]:
+    """On a CPU, a KV cache that fits beside the others: each engine would take a share of all."""
+    from vllm.platforms import current_platform
+
+    chosen = (
+        arguments.get("kv_cache_memory_bytes") is not None
+        or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+        or arguments.get("gpu_memory_utilization") not in (None, 0.92)
+    )
+    if not current_platform.is_cpu() or chosen:
+        return arguments
+    import psutil
+
+    share = psutil.virtual_memory().available // 4 // engines
+    return {**arguments, "kv_cache_memory_bytes": min(share, _MOST_CPU_KV_CACHE)}
+
+
+def _environment() -> dict[str, str]:
+    """Variables that the replicas need on whatever node they are."""
+    names = ("PROXY_VLLM_CPU_RUNNER", "VLLM_LOGGING_LEVEL", "HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def _validate_trio(arguments: dict[str, Any]) -> None:
+    """Say here what is wrong with the members, before any replica starts."""
+    import dataclasses
+
+    from proxy_vllm.config import ProxyConfig, check_vllm_version
+    from proxy_vllm.plugin import register
+    from proxy_vllm.validate import validate_trio
+
+    check_vllm_version()
+    register()
+    own = {f.name for f in dataclasses.fields(ProxyConfig)}
+    proxy = ProxyConfig(**{name: value for name, value in arguments.items() if name in own})
+    validate_trio({name: value for name, value in arguments.items() if name not in own}, proxy)
+
+
+def _reason(error: BaseException) -> str:
+    """The last cause, without Ray's traceback around it."""
+    while True:
+        inner = getattr(error, "cause", None) or error.__cause__
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

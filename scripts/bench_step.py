@@ -1,0 +1,281 @@
+#!/usr/bin/env python
+"""Time of one decode step at real shapes without real weights: the trio, and the base alone.
+
+    python scripts/bench_step.py --json benchmarks/results/step.json            # one GPU
+    python scripts/bench_step.py --smoke --json /tmp/step.json                  # a CPU, tiny shapes
+
+Models are a config.json each, weights are vLLM's dummies, nothing is fetched. A step is the
+difference of two runs of one batch that differ in length only, so that prefill and start-up cancel.
+Each system has a process of its own. Before that, engines with a random 135M-class trio must choose
+the Transformers models' tokens; otherwise nothing is reported.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench_common import (
+    compare_with_loop,
+    device_name,
+    gpu_key,
+    percentiles,
+    provenance,
+    random_prompts,
+    script_argv,
+)
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 1, "dtype": "bfloat16",
+    "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+SHAPES = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+           "vocab_size": 128256, "tie_word_embeddings": False},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+           "vocab_size": 128256, "tie_word_embeddings": True},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+            "num_attention_heads": 40, "num_key_value_heads": 40, "head_dim": 128,
+            "vocab_size": 32000, "tie_word_embeddings": False},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
+           "vocab_size": 32000, "tie_word_embeddings": False},
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+             "vocab_size": 49152, "tie_word_embeddings": True},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+             "vocab_size": 509, "tie_word_embeddings": True},
+}  # fmt: skip
+CHECK_TOKENS = 16
+
+
+def write_config(root: Path, name: str) -> str:
+    """A folder that holds the config.json of `SHAPES[name]`, and nothing else."""
+    folder = root / name
+    folder.mkdir(exist_ok=True)
+    config = {**LLAMA, **SHAPES[name], "max_position_embeddings": 8192}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def write_models(root: Path, name: str) -> list[str]:
+    """Three random models of one shape, drawn wide, so that their choices differ clearly."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folders = []
+    for seed, role in enumerate(("base", "expert", "antiexpert")):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            **SHAPES[name], max_position_embeddings=2048, initializer_range=0.05,
+            bos_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        folder = root / f"{name}-{role}"
+        LlamaForCausalLM(config).save_pretrained(folder)
+        folders.append(str(folder))
+    return folders
+
+
+def engine(models: list[str], args: argparse.Namespace, **kwargs):
+    """A trio as `ProxyLLM`, one model as `vllm.LLM`."""
+    kwargs = {"skip_tokenizer_init": True, **kwargs, **args.engine_args}
+    if len(models) == 1:
+        from vllm import LLM
+
+        return LLM(models[0], **kwargs)
+    from proxy_vllm import ProxyLLM
+
+    return ProxyLLM(models[0], expert=models[1], antiexpert=models[2], **kwargs)
+
+
+def generate(llm, prompts: list[list[int]], tokens: int, alphas: list[float] | None = None):
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
+            extra_args=None if alphas is None else {"proxy_alpha": alphas[i]},
+        )
+        for i in range(len(prompts))
+    ]  # fmt: skip
+    return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+
+
+def measure(models: list[str], args: argparse.Namespace) -> dict:
+    """Step times in ms of each batch: differences between a long and a short run."""
+    rows = max(args.batch)
+    short, whole = args.tokens // 4, args.tokens
+    start = time.perf_counter()
+    llm = engine(
+        models, args, dtype=args.dtype, load_format="dummy", max_num_seqs=rows,
+        max_model_len=args.context + whole, enable_prefix_caching=True,
+        compilation_config={"cudagraph_capture_sizes": sorted(args.batch)},
+    )  # fmt: skip
+    result: dict = {"start_s": round(time.perf_counter() - start, 2), "step_ms": {}}
+    vocab = SHAPES[args.shapes[0]]["vocab_size"]
+    prompts = random_prompts(rows, args.context, vocab)
+
+    def timed(batch: int, tokens: int) -> float:
+        begun = time.perf_counter()
+        generate(llm, prompts[:batch], tokens)
+        return time.perf_counter() - begun
+
+    for batch in args.batch:
+        timed(batch, short)  # fills the prefix cache, so that later runs hardly prefill
+        pairs = [(timed(batch, short), timed(batch, whole)) for _ in range(args.repeats)]
+        result["step_ms"][str(batch)] = [1e3 * (b - a) / (whole - short) for a, b in pairs]
+    result["cuda_graphs"] = cuda_graphs(llm)
+    return result
+
+
+def cuda_graphs(llm) -> str:
+    """The mode that vLLM settled on; NONE on a CPU or with enforce_eager."""
+    return llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name
+
+
+def check(models: list[str], args: argparse.Namespace) -> dict:
+    """An engine's greedy tokens at four alphas against the Transformers models' choices."""
+    import torch
+    from reference_loop import Trio
+
+    vocab = SHAPES[args.check_shape]["vocab_size"]
+    alphas = [1.0, 0.0, 0.5, -0.5]
+    prompts = random_prompts(len(alphas), 24, vocab)
+    llm = engine(models, args, dtype=args.check_dtype, max_num_seqs=4, max_model_len=128)
+    outputs = generate(llm, prompts, CHECK_TOKENS, alphas)
+    tokens = [list(o.outputs[0].token_ids) for o in outputs]
+    trio = Trio.load(*models, torch.float32)
+    return compare_with_loop(trio, prompts, tokens, args.check_dtype, alphas)
+
+
+def child(args: argparse.Namespace) -> None:
+    job = json.loads(args.child)
+    result = {"check": check, "measure": measure}[job["what"]](job["models"], args)
+    Path(job["result"]).write_text(json.dumps(result))
+
+
+def run_child(what: str, models: list[str], args: argparse.Namespace) -> dict:
+    """`check` or `measure` in a process of its own, which takes the GPU's memory with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = {"what": what, "models": models, "result": f"{folder}/result.json"}
+        with open(f"{folder}/log", "w+") as log:
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--child", json.dumps(job)],
+                stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **args.environment},
+            )  # fmt: skip
+            if done.returncode:
+                log.seek(0)
+                sys.exit(f"bench_step.py: error: {what} failed:\n{log.read()[-4000:]}")
+        return json.loads(Path(job["result"]).read_text())
+
+
+def rows_of(measured: dict[str, dict], args: argparse.Namespace) -> list[dict]:
+    """One row a batch: measured steps and floors of trio and base alone, and their ratios."""
+    from proxy_vllm.roofline import find_gpu, step_floor
+    from proxy_vllm.shapes import DTYPE_BYTES, model_shape
+
+    key = args.gpu or gpu_key(device_name())
+    shapes = [model_shape({**LLAMA, **SHAPES[s]}, s) for s in args.shapes]
+    context = args.context + (args.tokens + args.tokens // 4) // 2
+    rows = []
+    for batch in args.batch:
+        row: dict = {"batch": batch, "context": context}
+        for system, members in (("proxy", shapes), ("base", shapes[:1])):
+            step = percentiles(measured[system]["step_ms"][str(batch)], (20, 50, 80))
+            floor = None
+            if key:
+                floor = step_floor(
+                    members, find_gpu(key), batch=batch, context=context,
+                    dtype_bytes=DTYPE_BYTES[args.dtype],
+                ).step_ms  # fmt: skip
+            row[system] = {
+                "step_ms": step,
+                "tokens_per_s": round(1e3 * batch / step["p50"], 2),
+                "floor_ms": floor and round(floor, 4),
+                "share_of_floor": floor and round(floor / step["p50"], 4),
+            }
+        row["ratio"] = round(row["base"]["step_ms"]["p50"] / row["proxy"]["step_ms"]["p50"], 4)
+        floors = [row[system]["floor_ms"] for system in ("base", "proxy")]
+        row["floor_ratio"] = round(floors[0] / floors[1], 4) if key else None
+        rows.append(row)
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--shapes", nargs=2, choices=list(SHAPES), default=["8b", "1b"], metavar=("BASE", "SMALL"))
+    add("--batch", type=int, nargs="+", default=[1, 8, 64, 256])
+    add("--context", type=int, default=1024, help="tokens of each prompt")
+    add("--tokens", type=int, default=64, help="tokens of a long run; a short one has a quarter")
+    add("--repeats", type=int, default=5)
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    add("--check-shape", choices=list(SHAPES), default="135m")
+    add("--check-dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    add("--gpu", help="name in proxy_vllm.roofline.GPUS, where the device's own is not known")
+    add("--engine-args", type=json.loads, default={}, metavar="JSON", help="for every engine")
+    add("--smoke", action="store_true", help="tiny shapes, for a CPU")
+    add("--json", help="write the result here")
+    add("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if args.smoke:
+        args.shapes, args.batch, args.context, args.tokens = ["tiny", "tiny"], [1, 4], 32, 16
+        args.check_shape, args.check_dtype, args.repeats = "tiny", "float32", 2
+        args.engine_args = {
+            "enforce_eager": True, "kv_cache_memory_bytes": 32 << 20, "block_size": 32,
+            **args.engine_args,
+        }  # fmt: skip
+        args.environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+    if args.tokens < 4 or min(args.batch) < 1 or args.repeats < 1:
+        parser.error("--tokens from 4, --batch and --repeats from 1")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.child:
+        child(args)
+        return
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        checked = run_child("check", write_models(root, args.check_shape), args)
+        if not checked["passed"]:
+            sys.exit(f"bench_step.py: error: tokens differ from Transformers' choices: {checked}")
+        base, small = (write_config(root, shape) for shape in args.shapes)
+        measured = {
+            "proxy": run_child("measure", [base, small, small], args),
+            "base": run_child("measure", [base], args),
+        }
+    result = {
+        **provenance(script_argv("bench_step.py")),
+        "shapes": {"base": args.shapes[0], "expert": args.shapes[1], "antiexpert": args.shapes[1]},
+        "dtype": args.dtype,
+        "correctness": {**checked, "shape": args.check_shape, "dtype": args.check_dtype},
+        "engines": {
+            k: {"start_s": v["start_s"], "cuda_graphs": v["cuda_graphs"]}
+            for k, v in measured.items()
+        },
+        "took_s": round(time.monotonic() - begun, 1),
+        "rows": rows_of(measured, args),
+    }
+    print(json.dumps(result, indent=2))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

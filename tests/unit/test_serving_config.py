@@ -1,0 +1,169 @@
+"""Options of scale-out pass through `proxy-vllm serve` into vLLM's configuration.
+
+The command lines are those of docs/serving.md; what cannot run without GPUs or a second machine is
+checked here, up to the executor class that vLLM would start.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from vllm import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from proxy_vllm.cli.arguments import apply_to_namespace
+from proxy_vllm.cli.serve import ProxyServeSubcommand
+from proxy_vllm.config import ProxyConfig
+from proxy_vllm.errors import UserError
+
+DOCS = Path(__file__).resolve().parents[2] / "docs/serving.md"
+
+
+@pytest.fixture(scope="module")
+def parser():
+    parser = FlexibleArgumentParser()
+    ProxyServeSubcommand().subparser_init(parser.add_subparsers())
+    return parser
+
+
+@pytest.fixture
+def build(parser, trio):
+    """The configuration that a command line makes, and its namespace."""
+
+    def build(options: str):
+        members = [trio["model"], "--expert", trio["expert"], "--antiexpert", trio["antiexpert"]]
+        args = parser.parse_args(["serve", *members, *shlex.split(options)])
+        apply_to_namespace(args)
+        return AsyncEngineArgs.from_cli_args(args).create_engine_config(), args
+
+    return build
+
+
+def executor(config) -> str:
+    from vllm.v1.executor.abstract import Executor
+
+    return Executor.get_class(config).__name__
+
+
+def test_the_trio_and_the_worker_reach_every_layout(build, trio):
+    for options in ("--tensor-parallel-size 2", "--data-parallel-size 2", "--alpha 0.5"):
+        config, _ = build(options)
+        proxy = ProxyConfig.from_vllm_config(config)
+        assert (proxy.expert, proxy.antiexpert) == (trio["expert"], trio["antiexpert"])
+        assert config.parallel_config.worker_cls.startswith("proxy_vllm.")
+        assert config.model_config.architectures == ["ProxyTunedForCausalLM"]
+    assert proxy.alpha == 0.5
+
+
+def test_tensor_and_data_parallel(build):
+    parallel = build("--tensor-parallel-size 2 --data-parallel-size 3")[0].parallel_config
+    assert (parallel.tensor_parallel_size, parallel.data_parallel_size) == (2, 3)
+    assert (parallel.world_size, parallel.world_size_across_dp) == (2, 6)
+
+
+def test_the_two_machines_of_data_parallel(build):
+    shared = (
+        "--data-parallel-size 8 --data-parallel-size-local 4 --data-parallel-address 10.0.0.1"
+        " --data-parallel-rpc-port 13345"
+    )
+    first, args = build(shared)
+    assert not args.headless
+    assert first.parallel_config.data_parallel_rank == 0
+    second, args = build(f"--headless --data-parallel-start-rank 4 {shared}")
+    assert args.headless
+    assert second.parallel_config.data_parallel_rank == 4
+    for config in (first, second):
+        parallel = config.parallel_config
+        assert (parallel.data_parallel_size, parallel.data_parallel_size_local) == (8, 4)
+        address = (parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port)
+        assert address == ("10.0.0.1", 13345)
+
+
+def test_one_engine_over_two_machines(build):
+    for rank in (0, 1):
+        config, _ = build(
+            "--tensor-parallel-size 2 --pipeline-parallel-size 2 --nnodes 2"
+            f" --node-rank {rank} --master-addr 10.0.0.1"
+        )
+        parallel = config.parallel_config
+        assert (parallel.nnodes, parallel.node_rank) == (2, rank)
+        assert (parallel.master_addr, parallel.world_size) == ("10.0.0.1", 4)
+        assert executor(config) == "MultiprocExecutor"
+
+
+def test_ray_executor(build):
+    config, _ = build(
+        "--tensor-parallel-size 2 --pipeline-parallel-size 2 --distributed-executor-backend ray"
+    )
+    assert config.parallel_config.distributed_executor_backend == "ray"
+    assert config.parallel_config.world_size == 4
+    assert executor(config).startswith("Ray")
+    ranks = build("--data-parallel-size 2 --data-parallel-backend ray")[0].parallel_config
+    assert (ranks.data_parallel_size, ranks.data_parallel_backend) == (2, "ray")
+
+
+def test_a_size_that_does_not_divide_a_members_heads_is_one_line(build, trio):
+    with pytest.raises(UserError, match=r"--tensor-parallel-size 3 does not divide") as refused:
+        build("--tensor-parallel-size 3")
+    assert trio["model"] in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_ray_and_nnodes_exclude_each_other(build):
+    with pytest.raises(ValueError, match="nnodes > 1"):
+        build("--tensor-parallel-size 2 --nnodes 2 --distributed-executor-backend ray")
+
+
+def test_every_documented_option_is_one_of_the_parser(parser):
+    blocks = re.findall(r"```sh\n(.*?)```", DOCS.read_text(), re.S)
+    lines = [x for b in blocks for x in re.sub(r"\\\n\s*", " ", b).splitlines()]
+    commands = [x for x in lines if "proxy-vllm serve" in x]
+    assert len(commands) >= 8
+    for line in commands:
+        words = shlex.split(line.split("proxy-vllm serve", 1)[1], comments=True)
+        members = ["base", "--expert", "e", "--antiexpert", "a"]
+        parser.parse_args(["serve", *members, *words[1:]])  # exits for an option it does not know
+
+
+class TestRayServe:
+    """The Ray Serve application, as far as it goes without a cluster."""
+
+    @pytest.fixture
+    def options(self, trio):
+        return f"{trio['model']} --expert {trio['expert']} --antiexpert {trio['antiexpert']}"
+
+    @staticmethod
+    def resources(options):
+        from proxy_vllm.serving import app
+
+        return app({"options": options})._bound_deployment.ray_actor_options
+
+    def test_a_replica_takes_a_gpu_a_rank_or_a_core(self, options, monkeypatch):
+        from vllm.platforms import current_platform
+
+        layout = f"{options} --tensor-parallel-size 2 --pipeline-parallel-size 3"
+        monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+        assert self.resources(layout) == {"num_cpus": 1, "num_gpus": 6}
+        assert self.resources(options)["num_gpus"] == 1
+        monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
+        assert self.resources(layout) == {"num_cpus": 6, "num_gpus": 0}
+
+    @pytest.mark.parametrize(
+        ("more", "culprit"),
+        [
+            ("--no-such-option 3", "no-such-option"),
+            ("--data-parallel-size 2", "num_replicas"),
+            ("--nnodes 2", "num_replicas"),
+        ],
+    )
+    def test_options_that_a_replica_cannot_have_are_one_line(self, options, more, culprit):
+        with pytest.raises(UserError, match=culprit) as refused:
+            self.resources(f"{options} {more}")
+        assert "\n" not in str(refused.value)
+
+    def test_other_settings_are_named(self):
+        from proxy_vllm.serving import app
+
+        with pytest.raises(UserError, match="replicas"):
+            app({"options": "x", "replicas": 2})
