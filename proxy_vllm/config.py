@@ -35,6 +35,11 @@ class ProxyConfig:
             ``{"dtype": "float32", "quantization": "fp8", "revision": "main"}``.
         antiexpert_args: the same for the antiexpert.
         allow_tokenizer_mismatch: serve members whose tokenizers disagree on a token id.
+        expert_chat_template: Jinja by which the expert reads a chat, ``auto`` for the template of
+            its own tokenizer, or None to read what the base reads.
+        antiexpert_chat_template: the same for the antiexpert.
+        own_prompts: let requests give each model a prompt of its own, which costs every step of an
+            engine a little; chat templates of the small members imply it.
         fused_head_max_batch: up to this many rows, steps of greedy and plain temperature rows draw
             tokens straight from the head weights (Model Runner V2, one rank). 0 is off, the default
             until the crossover has been measured on a GPU.
@@ -47,6 +52,9 @@ class ProxyConfig:
     expert_args: dict[str, Any] = field(default_factory=dict)
     antiexpert_args: dict[str, Any] = field(default_factory=dict)
     allow_tokenizer_mismatch: bool = False
+    expert_chat_template: str | None = None
+    antiexpert_chat_template: str | None = None
+    own_prompts: bool = False
     fused_head_max_batch: int = 0
 
     def __post_init__(self) -> None:
@@ -82,6 +90,15 @@ class ProxyConfig:
 
     def member_args(self, role: str) -> dict[str, Any]:
         return dict(getattr(self, f"{role}_args"))
+
+    @property
+    def takes_own_prompts(self) -> bool:
+        """Whether the engine is set up for prompts of each model's own."""
+        return self.own_prompts or any(self.chat_template_of(r) is not None for r in ROLES[1:])
+
+    def chat_template_of(self, role: str) -> str | None:
+        """The template of a small member, Jinja or ``auto``; None if it reads the base's prompt."""
+        return getattr(self, f"{role}_chat_template")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form in which the configuration reaches the workers."""
@@ -147,6 +164,7 @@ def apply_to_engine_args(
     from vllm.platforms import current_platform
 
     from proxy_vllm.envs import cpu_runner
+    from proxy_vllm.prompts import SCHEDULER
 
     out = dict(kwargs)
     overrides = out.get("hf_overrides") or {}
@@ -166,6 +184,9 @@ def apply_to_engine_args(
         "proxy_vllm.cpu_worker.ProxyCPUWorker" if on_cpu else "proxy_vllm.worker.ProxyWorker"
     )
 
+    if proxy.takes_own_prompts and out.get("scheduler_cls") is None:
+        out["scheduler_cls"] = SCHEDULER
+
     if speculative_tokens:
         if out.get("speculative_config"):
             raise UserError("--speculative-tokens and --speculative-config: give one of them")
@@ -176,10 +197,26 @@ def apply_to_engine_args(
             "method": "draft_model",
             "num_speculative_tokens": speculative_tokens,
         }
+    if proxy.takes_own_prompts and (excluded := _excludes_own_prompts(out, on_cpu)):
+        raise UserError(f"--own-prompts, or a chat template of a small member: {excluded}")
     if on_cpu:
         cpu_runner()  # says now, and not in a worker, that the variable is wrong
         _set_cpu_kv_cache(out)
     return out
+
+
+def _excludes_own_prompts(kwargs: dict[str, Any], on_cpu: bool) -> str | None:
+    """Why engine arguments exclude prompts of each model's own, as far as they alone tell."""
+    from proxy_vllm.envs import cpu_runner
+
+    if on_cpu and cpu_runner() == "v1":
+        return (
+            "models with prompts of their own need a GPU, or PROXY_VLLM_CPU_RUNNER=v2 for tests on"
+            " a CPU"
+        )
+    if kwargs.get("speculative_config"):
+        return "speculation excludes prompts of each model's own; leave one of them out"
+    return None
 
 
 def _set_cpu_kv_cache(kwargs: dict[str, Any]) -> None:

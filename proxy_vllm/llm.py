@@ -4,7 +4,10 @@ from typing import Any
 
 from vllm import LLM
 
-from proxy_vllm.config import ProxyConfig, apply_to_engine_args, check_vllm_version
+from proxy_vllm.chat_templates import AUTO, resolve_template
+from proxy_vllm.config import ROLES, ProxyConfig, apply_to_engine_args, check_vllm_version
+from proxy_vllm.errors import UserError
+from proxy_vllm.member_prompts import INPUT_KEY, MemberPrompts
 from proxy_vllm.plugin import register
 from proxy_vllm.request import admit
 from proxy_vllm.validate import validate_trio
@@ -17,6 +20,10 @@ class ProxyLLM(LLM):
     rest alike. A request says its own strength with
     ``SamplingParams(extra_args={"proxy_alpha": 0.5})``.
 
+    With ``own_prompts`` a prompt may be ``{"base": ..., "expert": ..., "antiexpert": ...}``,
+    each text or token ids; a member without one reads the base's. Answers are appended to all three alike, and outputs hold
+    the base's prompt.
+
     Args:
         model: the large base model, folder or hub name.
         expert: the small tuned model.
@@ -25,8 +32,13 @@ class ProxyLLM(LLM):
         alpha_range: lowest and highest ``proxy_alpha`` that a request may ask for.
         expert_args, antiexpert_args: ``vllm.config.ModelConfig`` fields of one member alone.
         allow_tokenizer_mismatch: serve members whose tokenizers disagree on a token id.
+        own_prompts: let requests give each model a prompt of its own.
         fused_head_max_batch: see ``proxy_vllm.config.ProxyConfig``.
         speculative_tokens: draft this many tokens a step with the expert.
+        base_chat_template, expert_chat_template, antiexpert_chat_template: how each member reads a
+            ``chat``: ``"auto"`` (its tokenizer's own template), ``"plain"``, ``"llama-2"``,
+            ``"llama-2-paper"``, a file, or Jinja (see chat_templates.py). A small member without
+            one reads the base's prompt.
         **kwargs: any argument of ``vllm.LLM``.
 
     Raises:
@@ -51,8 +63,12 @@ class ProxyLLM(LLM):
         expert_args: dict[str, Any] | None = None,
         antiexpert_args: dict[str, Any] | None = None,
         allow_tokenizer_mismatch: bool = False,
+        own_prompts: bool = False,
         fused_head_max_batch: int = 0,
         speculative_tokens: int | None = None,
+        base_chat_template: str | None = None,
+        expert_chat_template: str | None = None,
+        antiexpert_chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
         check_vllm_version()
@@ -65,8 +81,15 @@ class ProxyLLM(LLM):
             expert_args=expert_args or {},
             antiexpert_args=antiexpert_args or {},
             allow_tokenizer_mismatch=allow_tokenizer_mismatch,
+            expert_chat_template=resolve_template("expert", expert_chat_template),
+            antiexpert_chat_template=resolve_template("antiexpert", antiexpert_chat_template),
+            own_prompts=own_prompts,
             fused_head_max_batch=fused_head_max_batch,
         )
+        if base_chat_template not in (None, AUTO):
+            if kwargs.get("chat_template") is not None:
+                raise UserError("base_chat_template and chat_template: give one of them")
+            kwargs["chat_template"] = resolve_template("base", base_chat_template)
         kwargs = validate_trio(
             {**kwargs, "model": str(model)},
             self.proxy_config,
@@ -77,6 +100,41 @@ class ProxyLLM(LLM):
         )
         super().__init__(**kwargs)
 
+        self.member_prompts = MemberPrompts(self.llm_engine.vllm_config)
+
+    def _preprocess_cmpl_one(
+        self, prompt: Any, tokenization_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        own = None
+        if isinstance(prompt, dict) and not prompt.keys().isdisjoint(ROLES):
+            special = (tokenization_kwargs or {}).get("add_special_tokens", True)
+            own = self.member_prompts.of_prompt(prompt, special)
+            prompt = prompt["base"]
+            if isinstance(prompt, (list, tuple)):
+                prompt = {"prompt_token_ids": list(prompt)}
+        return _carry(super()._preprocess_cmpl_one(prompt, tokenization_kwargs, **kwargs), own)
+
+    def _preprocess_chat_one(self, conversation: Any, **kwargs: Any) -> Any:
+        own = None
+        if self.member_prompts.has_templates:
+            own = self.member_prompts.of_chat(
+                conversation,
+                add_generation_prompt=kwargs.get("add_generation_prompt", True),
+                continue_final_message=kwargs.get("continue_final_message", False),
+                tools=kwargs.get("tools"),
+                **(kwargs.get("chat_template_kwargs") or {}),
+            )
+        return _carry(super()._preprocess_chat_one(conversation, **kwargs), own)
+
     def _add_request(self, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
         admit(self.proxy_config, params)
+        own = prompt.pop(INPUT_KEY, None) if isinstance(prompt, dict) else None
+        params = self.member_prompts.admit(params, own)
         return super()._add_request(prompt, params, *args, **kwargs)
+
+
+def _carry(engine_input: Any, own: dict[str, list[int]] | None) -> Any:
+    """Let an engine's input carry the small members' prompts to where parameters are at hand."""
+    if own:
+        engine_input[INPUT_KEY] = own
+    return engine_input

@@ -7,10 +7,12 @@ import torch
 import torch.nn as nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import ModelConfig, VllmConfig, replace
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
 from vllm.transformers_utils.config import get_config
+from vllm.v1.attention.backend import subclass_attention_backend
 
 from proxy_vllm.config import ROLES, ProxyConfig
 
@@ -88,6 +90,24 @@ def build_member(role: str, member_config: VllmConfig, prefix: str) -> nn.Module
             )
     finally:
         torch.set_default_dtype(dtype)
+
+
+def separate_attention(role: str, member: nn.Module) -> None:
+    """Give a member attention metadata of its own.
+
+    vLLM builds metadata once for all layers with one backend and one cache shape, and some builders
+    keep buffers; models with different prompts need a builder each. It tells groups apart by the
+    backend's class.
+    """
+    own: dict[type, type] = {}
+    for module in member.modules():
+        if isinstance(module, Attention):
+            backend = module.attn_backend
+            if backend not in own:
+                own[backend] = subclass_attention_backend(
+                    f"Proxy_{role}_", backend, backend.get_builder_cls()
+                )
+            module.attn_backend = own[backend]
 
 
 def load_member(member: nn.Module, member_config: VllmConfig) -> None:

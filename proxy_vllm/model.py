@@ -1,11 +1,13 @@
 """``ProxyTunedForCausalLM``: three vLLM models that run as one."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.interfaces import SupportsPP, supports_pp
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
@@ -19,8 +21,13 @@ from proxy_vllm.members import (
     load_member,
     member_vllm_configs,
     retie_embeddings,
+    separate_attention,
     weight_bytes,
 )
+from proxy_vllm.prompts import obstacle
+
+if TYPE_CHECKING:
+    from proxy_vllm.own_prompts import MemberInputs
 
 
 class ProxyTunedForCausalLM(nn.Module, SupportsPP):
@@ -44,8 +51,11 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             role: config.model_config.get_vocab_size()
             for role, config in self.member_configs.items()
         }
+        own_prompts = obstacle(vllm_config) is None
         for role in ROLES:
             member = build_member(role, self.member_configs[role], maybe_prefix(prefix, role))
+            if own_prompts:
+                separate_attention(role, member)
             setattr(self, role, member)
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             for role in ROLES:
@@ -90,13 +100,16 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
         alpha: torch.Tensor | None = None,  # [T] float32; None: the server's alpha
+        members: "tuple[MemberInputs, ...] | None" = None,  # own inputs of each; None: the common
     ) -> torch.Tensor | IntermediateTensors:
-        """Run the three members over the same tokens.
+        """Run the three members, over the same tokens unless ``members`` gives each its own.
 
         Returns:
             On the last pipeline rank ``[T, sum of hidden sizes + alpha]``, else the members'
             intermediate tensors, their names prefixed with the role.
         """
+        if members is not None:
+            return self._pack(self._forward_own(members), alpha)
         outputs = []
         for role, member in zip(ROLES, self.members()):
             stage = None
@@ -123,6 +136,31 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
                 }
             )
         return self._pack(outputs, alpha)
+
+    def _forward_own(self, members: "tuple[MemberInputs, ...]") -> list[torch.Tensor]:
+        """Hidden states of each member, ``[T, d_m]`` in the order of the scheduler's batch.
+
+        Rows that a member does not have are zero; nothing is sampled from them.
+        """
+        slot_mapping = get_forward_context().slot_mapping
+        outputs = []
+        for i, (role, own) in enumerate(zip(ROLES, members, strict=True)):
+            if own.absent and self._widths:
+                shape = (own.input_ids.shape[0], self._widths[i])
+                outputs.append(own.positions.new_zeros(shape, dtype=self.hidden_dtype))
+                continue
+            # KV-cache writes take their slots from here, by layer.
+            slot_mapping.update(dict.fromkeys(own.layers, own.slots))
+            if self.vocab_sizes[role] < self.vocab_size:
+                # As in `forward`; in place, since graphs read this very buffer.
+                own.input_ids.masked_fill_(own.input_ids >= self.vocab_sizes[role], 0)
+            hidden = getattr(self, role)(own.input_ids, own.positions)
+            if own.rows is not None:
+                packed = hidden
+                hidden = torch.zeros_like(packed)
+                hidden[own.rows] = packed[: own.rows.shape[0]]
+            outputs.append(hidden)
+        return outputs
 
     def _pack(self, hidden: list[torch.Tensor], alpha: torch.Tensor | None) -> torch.Tensor:
         if alpha is None:

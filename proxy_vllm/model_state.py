@@ -1,18 +1,26 @@
-"""Per-request state on Model Runner V2: each request's alpha, in device buffers."""
+"""Per-request state on Model Runner V2: each request's alpha and prompts, in device buffers."""
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.triton_utils import tl, triton
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
 
+from proxy_vllm.own_prompts import OwnPromptState, Step
+from proxy_vllm.prompts import RESOLVED_KEY, OwnPrompts, obstacle
 from proxy_vllm.request import worker_alpha
 
 
@@ -34,7 +42,7 @@ def _expand_alpha_kernel(
 
 
 class ProxyModelState(DefaultModelState):
-    """Adds alpha to vLLM's state of a decoder-only model."""
+    """Adds alpha and own prompts to vLLM's state of a decoder-only model."""
 
     supports_prompt_embeds = False
 
@@ -54,14 +62,80 @@ class ProxyModelState(DefaultModelState):
         self.token_alpha = torch.full(
             (self.max_num_tokens,), self.proxy_config.alpha, dtype=torch.float32, device=device
         )
+        # None: this engine cannot run own prompts, and everything is vLLM's own.
+        self.own: OwnPromptState | None = None
+        if obstacle(vllm_config) is None:
+            self.own = OwnPromptState(self.max_num_reqs, self.max_num_tokens, device)
+        self.step: Step | None = None
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
+    ) -> None:
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        if self.own is not None:
+            self.own.bind(kv_cache_config, block_tables)
+
+    def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
+        """A batch with a prefill must not run in one graph: its rows may need compacting."""
+        support, name = super().get_additional_cg_support()
+        if self.own is not None and support.value > AttentionCGSupport.UNIFORM_BATCH.value:
+            return AttentionCGSupport.UNIFORM_BATCH, "a prompt of each model's own"
+        return support, name
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
-        self.alpha.np[req_index] = worker_alpha(self.proxy_config, new_req_data.sampling_params)
+        params = new_req_data.sampling_params
+        self.alpha.np[req_index] = worker_alpha(self.proxy_config, params)
+        if self.own is not None:
+            data = (params.extra_args or {}).get(RESOLVED_KEY) if params is not None else None
+            prompt = new_req_data.prompt_token_ids
+            own = OwnPrompts.from_worker(prompt, data) if data is not None else None
+            self.own.add_request(req_index, new_req_data.req_id, own)
+
+    def remove_request(self, req_id: str) -> None:
+        super().remove_request(req_id)
+        if self.own is not None:
+            self.own.remove_request(req_id)
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()
         self.alpha.copy_to_uva()
+        if self.own is not None:
+            self.own.pads.copy_to_uva()
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Attention metadata; where prompts differ, made once a model from that model's batch."""
+
+        def prepare(batch, tables, slots, groups) -> dict[str, Any]:
+            return vllm_prepare(
+                batch, cudagraph_mode, tables, slots, groups, kv_cache_config, for_capture, **kwargs
+            )
+
+        vllm_prepare = super().prepare_attn
+        own, self.step = self.own, None
+        # Graphs were captured over each model's buffers, so those must be filled in any case.
+        graphs = for_capture or cudagraph_mode != CUDAGraphMode.NONE
+        if own is None or not (graphs or own.any_in(input_batch.req_ids)):
+            return prepare(input_batch, block_tables, slot_mappings, attn_groups)
+        if own.any_prefilling(input_batch.req_ids, input_batch.num_computed_tokens_np):
+            assert cudagraph_mode != CUDAGraphMode.FULL
+            make = own.compact
+        else:
+            make = partial(own.shift, slot_mappings=slot_mappings)
+        self.step, metadata = make(
+            input_batch, block_tables, attn_groups=attn_groups, prepare=prepare
+        )
+        return metadata
 
     def prepare_inputs(
         self, input_batch: InputBatch, req_states: RequestState
@@ -75,11 +149,15 @@ class ProxyModelState(DefaultModelState):
             BLOCK=256,
         )
         inputs["alpha"] = self.token_alpha[: input_batch.num_tokens_after_padding]
+        if self.step is not None and self.step.batch is input_batch:
+            inputs["members"] = self.step.members  # type: ignore[assignment]
         return inputs
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
         inputs["alpha"] = self.token_alpha[:num_tokens]
+        if self.own is not None:
+            inputs["members"] = self.own.static_inputs(num_tokens)
         return inputs
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:

@@ -1,9 +1,9 @@
 """Model Runner V2 for proxy-tuned models: sampling straight from the three members' logits."""
 
 import torch
-from vllm.v1.core.sched.output import GrammarOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from proxy_vllm.sampler import ProxySampler, merge, select_rows
@@ -11,6 +11,22 @@ from proxy_vllm.sampler import ProxySampler, merge, select_rows
 
 class ProxyModelRunner(GPUModelRunner):
     """vLLM's runner, with the fused path wherever the sampler covers a row (see sampler.py)."""
+
+    def gather_batch_req_state(
+        self, scheduler_output: SchedulerOutput, dummy_run: bool
+    ) -> tuple[BatchReqState | None, int | None]:
+        """Keep a step whose rows differ between models out of graphs of the whole model.
+
+        vLLM lets the last token of a chunked prompt run as a decode; another model may not have
+        that token, or read a different one.
+        """
+        state, uniform = super().gather_batch_req_state(scheduler_output, dummy_run)
+        own = self.model_state.own
+        if state is not None and own is not None and uniform is not None:
+            computed = self.req_states.num_computed_tokens_np[state.idx_mapping_np]
+            if own.any_prefilling(state.req_ids, computed):
+                return state._replace(decode_graph_eligible=False), None
+        return state, uniform
 
     def sample(
         self,

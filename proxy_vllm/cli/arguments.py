@@ -51,10 +51,25 @@ def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="draft K tokens a step with the expert (greedy output stays the same)",
     )
+    for role in ("base", "expert", "antiexpert"):
+        group.add_argument(
+            f"--{role}-chat-template",
+            default=None,
+            metavar="TEMPLATE",
+            help=f"how the {role} reads a chat: auto (its tokenizer's own), plain, llama-2,"
+            " llama-2-paper, or a file"
+            + ("" if role == "base" else " (default: what the base reads)"),
+        )
     group.add_argument(
         "--allow-tokenizer-mismatch",
         action="store_true",
         help="serve members whose tokenizers disagree on a token id",
+    )
+    group.add_argument(
+        "--own-prompts",
+        action="store_true",
+        help="let requests give each model a prompt of its own (implied by a chat template for the"
+        " expert or the antiexpert)",
     )
     group.add_argument(
         "--fused-head-max-batch",
@@ -68,6 +83,7 @@ def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
 
 def proxy_config(args: argparse.Namespace):
     """The ``ProxyConfig`` that the parsed options describe."""
+    from proxy_vllm.chat_templates import resolve_template
     from proxy_vllm.config import ProxyConfig
 
     return ProxyConfig(
@@ -78,6 +94,9 @@ def proxy_config(args: argparse.Namespace):
         expert_args=args.expert_args,
         antiexpert_args=args.antiexpert_args,
         allow_tokenizer_mismatch=args.allow_tokenizer_mismatch,
+        expert_chat_template=resolve_template("expert", args.expert_chat_template),
+        antiexpert_chat_template=resolve_template("antiexpert", args.antiexpert_chat_template),
+        own_prompts=args.own_prompts,
         fused_head_max_batch=args.fused_head_max_batch,
     )
 
@@ -91,6 +110,7 @@ def apply_to_namespace(args: argparse.Namespace) -> None:
     Raises:
         UserError: members that do not fit together or cannot be read.
     """
+    from proxy_vllm.chat_templates import resolve_template
     from proxy_vllm.config import apply_to_engine_args, check_vllm_version
     from proxy_vllm.plugin import register
     from proxy_vllm.validate import validate_trio
@@ -102,6 +122,10 @@ def apply_to_namespace(args: argparse.Namespace) -> None:
     if not getattr(args, "model", None):
         raise UserError("a base model is needed: name its folder or hub name first")
     proxy = proxy_config(args)
+    if args.base_chat_template not in (None, "auto"):
+        if getattr(args, "chat_template", None) is not None:
+            raise UserError("--base-chat-template and --chat-template: give one of them")
+        args.chat_template = resolve_template("base", args.base_chat_template)
     drafts = args.speculative_tokens
     kwargs = validate_trio(vars(args), proxy, speculative_tokens=drafts)
     kwargs = apply_to_engine_args(kwargs, proxy, speculative_tokens=drafts)
