@@ -231,6 +231,8 @@ def _set_cpu_kv_cache(kwargs: dict[str, Any]) -> None:
         return
     import psutil
 
-    engines = max(1, int(kwargs.get("tensor_parallel_size") or 1))
+    engines = 1
+    for name in ("tensor_parallel_size", "data_parallel_size"):
+        engines *= max(1, int(kwargs.get(name) or 1))
     share = psutil.virtual_memory().available // 4 // engines
     kwargs["kv_cache_memory_bytes"] = min(share, _CPU_KV_CACHE_CAP)

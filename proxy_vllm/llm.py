@@ -21,8 +21,8 @@ class ProxyLLM(LLM):
     ``SamplingParams(extra_args={"proxy_alpha": 0.5})``.
 
     With ``own_prompts`` a prompt may be ``{"base": ..., "expert": ..., "antiexpert": ...}``,
-    each text or token ids; a member without one reads the base's. Answers are appended to all three alike, and outputs hold
-    the base's prompt.
+    each text or token ids; a member without one reads the base's. Answers are appended to all
+    three alike, and outputs hold the base's prompt.
 
     Args:
         model: the large base model, folder or hub name.
