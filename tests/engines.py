@@ -1,9 +1,13 @@
 """Start and stop engines inside the test process."""
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+# The runner of this process: "v1", or "v2" under Triton's interpreter.
+RUNNER = os.environ.get("PROXY_VLLM_CPU_RUNNER", "v1")
 
 SMALL = {
     "dtype": "float32",

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RUNNER
-from engines import SMALL, greedy_params, prompt_ids, running
+from engines import RUNNER, SMALL, greedy_params, prompt_ids, running
 from reference_loop import Trio, greedy
 from vllm import SamplingParams
 

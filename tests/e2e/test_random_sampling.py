@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RUNNER
-from engines import prompt_ids, running
+from engines import RUNNER, prompt_ids, running
 from reference_loop import Trio, greedy, prompt_logits
 
 PROMPT = prompt_ids([33], seed=5)[0]
