@@ -14,4 +14,5 @@ def test_compute_logits_is_the_logits_processor_alone(name):
     cls = ModelRegistry._try_load_model_cls(name)
     body = inspect.getsource(cls.compute_logits).split(":\n", 1)[1].split()
     plain = "logits = self.logits_processor(self.lm_head, hidden_states) return logits"
-    assert " ".join(body) == plain, f"vLLM's {name}.compute_logits has moved: look at proxy_vllm/heads.py"
+    moved = f"vLLM's {name}.compute_logits is another: look at proxy_vllm/heads.py"
+    assert " ".join(body) == plain, moved

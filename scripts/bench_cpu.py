@@ -1,0 +1,249 @@
+#!/usr/bin/env python
+"""Proxy-tuned decoding on a CPU: beside the Transformers loop, and beside its three models alone.
+
+    python scripts/bench_cpu.py --json benchmarks/results/cpu.json
+
+Each figure comes from a process of its own, all of them in one run, `--rounds` times over, so that
+ratios hold when the machine's speed drifts. Before anything is timed, a float32 engine must equal
+the Transformers loop token by token. Models are random: a Llama of 135M and two small ones.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from bench_common import provenance, random_prompts, script_argv
+
+SHAPES = {
+    "base": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3},
+    "expert": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8,
+               "num_attention_heads": 4, "num_key_value_heads": 2},
+}  # fmt: skip
+SHAPES["antiexpert"] = SHAPES["expert"]
+VOCAB = 49152
+KV_BYTES = 512 << 20
+PROMPT_TOKENS = 64
+
+
+def make_models(root: Path) -> dict[str, str]:
+    """Write the random trio in bfloat16 and return its folders."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folders = {}
+    for seed, (role, shape) in enumerate(SHAPES.items()):
+        folder = root / role
+        folders[role] = str(folder)
+        if (folder / "config.json").exists():
+            continue
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=VOCAB, tie_word_embeddings=True, max_position_embeddings=2048, **shape
+        )
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folders
+
+
+def prompts(batch: int) -> list[list[int]]:
+    return random_prompts(batch, PROMPT_TOKENS, VOCAB)
+
+
+class LargestProcess(threading.Thread):
+    """Peak resident memory of the largest of this process and its children: a worker's."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.bytes = 0
+
+    def run(self) -> None:
+        import psutil
+
+        me = psutil.Process()
+        while True:
+            for process in [me, *me.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    self.bytes = max(self.bytes, process.memory_info().rss)
+            time.sleep(0.2)
+
+
+def measure_vllm(what: str, folders: dict[str, str], args: argparse.Namespace) -> dict:
+    """Decode step and throughput of `proxy`, or of one member alone, in vLLM."""
+    largest = LargestProcess()
+    largest.start()
+    from vllm import LLM, SamplingParams
+
+    engine = {
+        "dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": max(args.batch),
+        "kv_cache_memory_bytes": KV_BYTES, "skip_tokenizer_init": True,
+        "enable_prefix_caching": False, "enforce_eager": args.enforce_eager,
+    }  # fmt: skip
+    if what == "proxy":
+        from proxy_vllm import ProxyLLM
+
+        llm = ProxyLLM(folders["base"], expert=folders["expert"],
+                       antiexpert=folders["antiexpert"], **engine)  # fmt: skip
+    else:
+        llm = LLM(folders[what], **engine)
+
+    def run(batch: int, tokens: int) -> float:
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        requests = [{"prompt_token_ids": p} for p in prompts(batch)]
+        start = time.perf_counter()
+        llm.generate(requests, params, use_tqdm=False)
+        return time.perf_counter() - start
+
+    result = {}
+    for batch in args.batch:
+        run(batch, 4)
+        short = run(batch, args.tokens // 4)
+        whole = run(batch, args.tokens)
+        steps = args.tokens - args.tokens // 4
+        result[str(batch)] = {
+            "step_ms": 1000 * (whole - short) / steps,
+            "tokens_per_s": batch * args.tokens / whole,
+        }
+    result["peak_rss_largest_process"] = largest.bytes
+    return result
+
+
+def measure_loop(folders: dict[str, str], args: argparse.Namespace) -> dict:
+    """The Transformers loop with KV caches on the same prompts."""
+    import torch
+    from reference_loop import Trio, greedy_batch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    trio = Trio.load(folders["base"], folders["expert"], folders["antiexpert"], torch.bfloat16)
+    result = {}
+    for batch in args.batch:
+        greedy_batch(trio, prompts(batch), 2)
+        start = time.perf_counter()
+        greedy_batch(trio, prompts(batch), args.tokens)
+        took = time.perf_counter() - start
+        result[str(batch)] = {"tokens_per_s": batch * args.tokens / took}
+    return result
+
+
+def check_correctness(folders: dict[str, str]) -> None:
+    """Raise unless a float32 engine equals the Transformers loop on these models."""
+    import torch
+    from reference_loop import Trio, greedy
+    from vllm import SamplingParams
+
+    from proxy_vllm import ProxyLLM
+
+    llm = ProxyLLM(folders["base"], expert=folders["expert"], antiexpert=folders["antiexpert"],
+                   dtype="float32", max_model_len=512, kv_cache_memory_bytes=KV_BYTES,
+                   skip_tokenizer_init=True, enforce_eager=True)  # fmt: skip
+    trio = Trio.load(folders["base"], folders["expert"], folders["antiexpert"], torch.float32)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts(4)], params, use_tqdm=False)
+    for prompt, output in zip(prompts(4), outputs):
+        want, _ = greedy(trio, prompt, 8)
+        assert list(output.outputs[0].token_ids) == want, "not token-exact: nothing is measured"
+
+
+def child(what: str, args: argparse.Namespace) -> None:
+    folders = {role: str(Path(args.models) / role) for role in SHAPES}
+    if what == "check":
+        check_correctness(folders)
+        result: dict = {"token_exact": True}
+    elif what == "loop":
+        result = measure_loop(folders, args)
+    else:
+        result = measure_vllm(what, folders, args)
+    Path(args.child_json).write_text(json.dumps(result))
+
+
+def run_child(what: str, args: argparse.Namespace) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, __file__, "--child", what, "--child-json", file.name,
+                   "--models", args.models, "--tokens", str(args.tokens),
+                   "--batch", *map(str, args.batch)]  # fmt: skip
+        if args.enforce_eager:
+            command.append("--enforce-eager")
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{what} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return json.loads(Path(file.name).read_text())
+
+
+def summarise(rounds: list[dict], args: argparse.Namespace) -> dict:
+    """Medians over rounds of each figure, and of each ratio taken within one round."""
+    rows = {}
+    for batch in map(str, args.batch):
+        each = [
+            (r["proxy"][batch], r["loop"][batch], r["base"][batch], r["expert"][batch])
+            for r in rounds
+        ]
+        figures = {
+            "proxy_tokens_per_s": [p["tokens_per_s"] for p, *_ in each],
+            "loop_tokens_per_s": [loop["tokens_per_s"] for _, loop, *_ in each],
+            "speedup_over_loop": [p["tokens_per_s"] / loop["tokens_per_s"] for p, loop, *_ in each],
+            "proxy_step_ms": [p["step_ms"] for p, *_ in each],
+            # Expert and antiexpert have one shape.
+            "sum_of_three_alone_ms": [b["step_ms"] + 2 * e["step_ms"] for *_, b, e in each],
+            "step_over_sum_of_three": [
+                p["step_ms"] / (b["step_ms"] + 2 * e["step_ms"]) for p, _, b, e in each
+            ],
+        }
+        rows[batch] = {name: round(statistics.median(v), 3) for name, v in figures.items()}
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--models",
+        default=str(Path(tempfile.gettempdir()) / "proxy_vllm_bench_cpu"),
+        help="where models lie",
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--json", help="write the result here")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child-json", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child, args)
+        return
+
+    folders = make_models(Path(args.models))
+    weights = sum((Path(f) / "model.safetensors").stat().st_size for f in folders.values())
+    run_child("check", args)
+    rounds = []
+    for number in range(args.rounds):
+        rounds.append({what: run_child(what, args) for what in ("proxy", "loop", "base", "expert")})
+        print(f"round {number + 1}/{args.rounds}: {json.dumps(rounds[-1])}", file=sys.stderr)
+
+    largest = max(r["proxy"]["peak_rss_largest_process"] for r in rounds)
+    result = {
+        **provenance(script_argv("bench_cpu.py")),
+        "correctness": "float32 token-exact against scripts/reference_loop.py",
+        "batches": summarise(rounds, args),
+        "memory": {
+            "weights_bytes": weights,
+            "kv_cache_bytes": KV_BYTES,
+            "peak_rss_largest_process": largest,
+            "overhead_gib": round((largest - weights - KV_BYTES) / 2**30, 3),
+        },
+        "rounds": rounds,
+    }
+    print(json.dumps({k: v for k, v in result.items() if k != "rounds"}, indent=2))
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
