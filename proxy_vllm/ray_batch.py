@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import traceback
@@ -102,8 +103,17 @@ def rows_of(batch: "dict[str, Any] | pyarrow.Table") -> list[dict[str, Any]]:
     """Rows of plain Python values."""
     if hasattr(batch, "to_pylist"):
         return batch.to_pylist()
-    columns = {name: _plain(column) for name, column in batch.items()}
+    columns = {name: _nullable(_plain(column)) for name, column in batch.items()}
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def _nullable(column: list[Any]) -> list[Any]:
+    """Undo what NumPy makes of integers of which some are null: floats, and NaN."""
+    if not all(isinstance(value, float) for value in column) or not any(map(math.isnan, column)):
+        return column
+    there = [value for value in column if not math.isnan(value)]
+    kind = int if all(value.is_integer() for value in there) else float
+    return [None if math.isnan(value) else kind(value) for value in column]
 
 
 def _plain(value: Any) -> Any:

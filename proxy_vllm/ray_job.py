@@ -1,6 +1,7 @@
 """The driver of `proxy-vllm generate --replicas`: a dataset of blocks over a pool of engines."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import ray
 
 from proxy_vllm.batch_file import Interrupts, Progress
+from proxy_vllm.config import ProxyConfig, check_vllm_version
 from proxy_vllm.errors import UserError
 from proxy_vllm.ray_batch import BlockWriter
 from proxy_vllm.ray_blocks import Block, InputFile, OutputFolder, blocks_of, find_files
@@ -96,12 +98,13 @@ class RayJob:
 
     def _settings(self) -> dict[str, Any]:
         """What the answers depend on, and the cut into blocks."""
-        arguments = self.llm_arguments
-        names = ("model", "expert", "antiexpert", "alpha", "revision", "dtype", "quantization")
+        proxy = _proxy_config(self.llm_arguments).to_dict()
         return {
             "input": [os.path.abspath(name) for name in self.sources],
             "block_rows": self.block_rows,
-            **{name: str(arguments[name]) for name in names if arguments.get(name) is not None},
+            "model": str(self.llm_arguments["model"]),
+            **{name: proxy[name] for name in ("expert", "antiexpert", "alpha")},
+            "dtype": str(self.llm_arguments.get("dtype") or "auto"),
             "sampling": self.sampling,
             "token_ids": self.token_ids,
         }
@@ -134,6 +137,8 @@ class RayJob:
         import ray.data
         from ray.data import ActorPoolStrategy, DataContext
 
+        if "VLLM_LOGGING_LEVEL" not in os.environ:
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -245,8 +250,6 @@ def _ray(address: str | None) -> Iterator[None]:
         return
     _check_reachable(address)
     loud = "VLLM_LOGGING_LEVEL" in os.environ
-    if not loud:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         ray.init(
             address=address,
@@ -327,19 +330,19 @@ def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
+def _proxy_config(arguments: dict[str, Any]) -> ProxyConfig:
+    own = {f.name for f in dataclasses.fields(ProxyConfig)}
+    return ProxyConfig(**{name: value for name, value in arguments.items() if name in own})
+
+
 def _validate_trio(arguments: dict[str, Any]) -> None:
     """Say here what is wrong with the members, before any replica starts."""
-    import dataclasses
-
-    from proxy_vllm.config import ProxyConfig, check_vllm_version
     from proxy_vllm.plugin import register
     from proxy_vllm.validate import validate_trio
 
     check_vllm_version()
     register()
-    own = {f.name for f in dataclasses.fields(ProxyConfig)}
-    proxy = ProxyConfig(**{name: value for name, value in arguments.items() if name in own})
-    validate_trio({name: value for name, value in arguments.items() if name not in own}, proxy)
+    validate_trio(arguments, _proxy_config(arguments))
 
 
 def _reason(error: BaseException) -> str:

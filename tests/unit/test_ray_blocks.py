@@ -341,7 +341,8 @@ def test_rows_of_a_dataset(monkeypatch):
         {
             "question": np.array([7, 8, 9]),
             "prompt": np.array(["a", "too long", "c"], dtype=object),
-            "max_tokens": np.array([None, 2, 1], dtype=object),
+            "max_tokens": np.array([np.nan, 2, 1]),  # what Ray makes of integers and a null
+            "temperature": np.array([0.5, np.nan, 1]),
         }
     )
     assert table.schema.field("error").type == pa.string()
@@ -349,6 +350,7 @@ def test_rows_of_a_dataset(monkeypatch):
         "question": [7, 8, 9],
         "prompt": ["a", "too long", "c"],
         "max_tokens": [None, 2, 1],
+        "temperature": [0.5, None, 1.0],
         "text": ["A", None, "C"],
         "finish_reason": ["length", None, "length"],
         "token_ids": [[0, 1, 2], None, [0]],
