@@ -35,6 +35,32 @@ class ProxyCPUModelRunner(CPUModelRunner):
         alpha[: tokens.sum()] = torch.from_numpy(np.repeat(alphas, tokens))
         return super()._model_forward(*args, positions=positions, alpha=alpha, **kwargs)
 
+    # vLLM draws a token for every row, also for prompts that are not read to their end, and winds a
+    # seeded generator back after such a draw by its offset. A CPU's generator has none, and the
+    # engine would die (vLLM 0.32.0). Here its whole state is put back, and the winding left out.
+
+    def _unfinished_generators(self) -> dict[int, torch.Generator]:
+        """Seeded generators of the rows whose token this step will be discarded, by row."""
+        rows = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])
+        generators = self.input_batch.generators
+        return {row: generators[row] for row in rows.tolist() if row in generators}
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        states = [(g, g.get_state()) for g in self._unfinished_generators().values()]
+        output = super()._sample(*args, **kwargs)
+        for generator, state in states:
+            generator.set_state(state)
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self._unfinished_generators()
+        for row in hidden:
+            del self.input_batch.generators[row]
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators.update(hidden)
+
 
 class ProxyCPUModelRunnerV2(ProxyModelRunner, CPUModelRunnerV2):
     """Model Runner V2 on a CPU: the GPU's code path for tests."""

@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
         _run(argv)
     except UserError as error:
         _fail(str(error))
-    except ValueError as error:  # vLLM's own refusals of an option
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
         if os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG":
             raise
         _fail(" ".join(str(error).split()) + " (VLLM_LOGGING_LEVEL=DEBUG shows where)")
@@ -77,6 +79,14 @@ def _dispatch(argv: list[str], parser: argparse.ArgumentParser) -> None:
     args = parser.parse_args(argv)
     commands[args.subparser].validate(args)
     args.dispatch_function(args)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether vLLM raised this to say that an option or an input cannot be used."""
+    if isinstance(error, ValueError):
+        return True
+    exceptions = sys.modules.get("vllm.exceptions")
+    return exceptions is not None and isinstance(error, exceptions.VLLMClientError)
 
 
 def _fail(message: str) -> None:

@@ -54,8 +54,6 @@ def make_people() -> list[Person]:
     pairs = rng.sample([(f, s) for f in first for s in last], sum(SPLIT_SIZES.values()))
     splits = [split for split, size in SPLIT_SIZES.items() for _ in range(size)]
     return [
-        Person(
-            f"{f} {s}", *(rng.choice(VALUES[attribute]) for attribute in ATTRIBUTES), split=split
-        )
+        Person(name=f"{f} {s}", split=split, **{a: rng.choice(VALUES[a]) for a in ATTRIBUTES})
         for (f, s), split in zip(pairs, splits, strict=True)
     ]

@@ -98,3 +98,20 @@ def test_a_refused_alpha_harms_no_other_request(llm, reference):
         assert "\n" not in str(error.value)
         assert not llm.llm_engine.has_unfinished_requests()
     check(llm, reference, prompts, [10, -10.0, 0.5], 8)
+
+
+def test_seeded_tokens_do_not_depend_on_chunks(trio):
+    """A seeded request draws the same tokens whether its prompt is read at once or in parts."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": p} for p in prompt_ids([100, 30, 90], seed=21)]
+    params = [
+        SamplingParams(temperature=1.0, seed=5 + i, max_tokens=8, ignore_eos=True)
+        for i in range(len(prompts))
+    ]
+    tokens = []
+    for budget in (256, 32):
+        with running(**trio, max_num_batched_tokens=budget) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            tokens.append([list(o.outputs[0].token_ids) for o in outputs])
+    assert tokens[0] == tokens[1]
