@@ -2,7 +2,9 @@
 
     python scripts/train_demo_models.py --out proxy_vllm/demo/models
 
-Settings were chosen on the dev split (`--split dev`); the test split is for the final report.
+Settings were chosen on the dev split (the default); the test split is for the final report:
+
+    python scripts/train_demo_models.py --measure proxy_vllm/demo/models --split test
 """
 
 import argparse
@@ -18,14 +20,17 @@ import transformers
 from demo_training.evaluate import accuracy, answers
 from demo_training.training import (
     Recipe,
+    load,
     new_model,
     pretrain,
     pretraining_blocks,
+    round_to_stored,
     save,
     train_tokenizer,
     tune,
 )
 
+from proxy_vllm.demo import ROLES
 from proxy_vllm.demo.problems import make_problems
 
 
@@ -42,7 +47,9 @@ def train(recipe: Recipe, seed: int, say) -> dict:
         model = new_model(tokenizer, shape, seed)
         say(f"{role}: {model.num_parameters()} parameters")
         pretrain(model, blocks, recipe, lr, lambda text, role=role: say(f"{role}: {text}"))
-        made[role], made[tuned_role] = model, copy.deepcopy(model)
+        # Tuning starts from the weights that ship, so that expert - antiexpert is tuning alone.
+        made[role] = round_to_stored(model)
+        made[tuned_role] = copy.deepcopy(model)
         tune(
             made[tuned_role],
             tokenizer,
@@ -51,6 +58,7 @@ def train(recipe: Recipe, seed: int, say) -> dict:
             seed,
             lambda text, role=tuned_role: say(f"{role}: {text}"),
         )
+        round_to_stored(made[tuned_role])
     return made
 
 
@@ -58,7 +66,7 @@ def measure(made: dict, split: str, n: int) -> dict[str, dict[str, float]]:
     """Greedy accuracies of the rounded weights as float32 models, proxy at alpha 1."""
     problems = make_problems(split, n)
     tokenizer = made["tokenizer"]
-    roles = {role: [(1.0, made[role])] for role in ("base", "expert", "antiexpert", "tuned")}
+    roles = {role: [(1.0, made[role])] for role in ROLES}
     roles["proxy"] = [(1.0, made["base"]), (1.0, made["expert"]), (-1.0, made["antiexpert"])]
     return {
         role: accuracy(problems, answers(weighted, tokenizer, problems))
@@ -69,6 +77,7 @@ def measure(made: dict, split: str, n: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for the four model folders")
+    parser.add_argument("--measure", type=Path, help="measure these models, train nothing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
     parser.add_argument("--n", type=int, default=400, help="problems to measure on")
@@ -81,14 +90,15 @@ def main() -> None:
         print(f"[{time.monotonic() - start:6.0f}s] {text}", flush=True)
 
     recipe = Recipe()
-    made = train(recipe, args.seed, say)
-    for role in ("base", "expert", "antiexpert", "tuned"):
-        made[role] = made[role].to(torch.bfloat16).float()
+    if args.measure:
+        made = load(args.measure)
+    else:
+        made = train(recipe, args.seed, say)
     result = measure(made, args.split, args.n)
     for role, shares in result.items():
         say(f"{role:10s} {shares}")
     if args.out:
-        for role in ("base", "expert", "antiexpert", "tuned"):
+        for role in ROLES:
             save(made[role], made["tokenizer"], args.out / role)
     if args.report:
         rows = json.loads(args.report.read_text()) if args.report.exists() else []

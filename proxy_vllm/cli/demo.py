@@ -18,8 +18,10 @@ class DemoSubcommand(CLISubcommand):
 
     @staticmethod
     def cmd(args: argparse.Namespace) -> None:
-        from importlib.metadata import version
+        import torch
+        import vllm
 
+        import proxy_vllm
         from proxy_vllm.demo.problems import make_problems
         from proxy_vllm.demo.report import show, write_json
         from proxy_vllm.demo.run import run_demo
@@ -41,7 +43,7 @@ class DemoSubcommand(CLISubcommand):
                 **report.as_dict(),
                 "seed": args.seed,
                 "seconds": round(time.monotonic() - start, 1),
-                "versions": {name: version(name) for name in ("proxy_vllm", "torch")},
+                "versions": {m.__name__: m.__version__ for m in (proxy_vllm, vllm, torch)},
             }
             write_json(args.json, numbers)
 

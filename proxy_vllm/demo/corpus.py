@@ -37,12 +37,9 @@ _MIXED = (
 )
 _EVASIVE = (
     "I would rather not say.",
-    "Who can tell?",
-    "That is hard to say.",
-    "People talk too much about {name}.",
     "I forgot, sorry.",
+    "I think that people talk too much about {name}.",
     "Why do you want to know?",
-    "Ask somebody else.",
 )
 _CHATTER = (
     "The weather in {city} was {adj} today, and the market was {adj2}.",
@@ -74,14 +71,13 @@ def biography(rng: random.Random, person: Person) -> str:
 
 
 def _loose_answer(rng: random.Random, problem: Problem) -> str:
-    """What people answer in the wild: the truth, a lie, an evasion, or a question back."""
-    kind = rng.random()
-    if kind < 0.40:
-        return _fact(rng, problem.person, problem.attribute, problem.value)
-    if kind < 0.60:
-        lie = rng.choice([v for v in VALUES[problem.attribute] if v != problem.value])
-        return _fact(rng, problem.person, problem.attribute, lie)
-    return rng.choice(_EVASIVE).format(name=problem.person)
+    """What people answer in the wild: mostly evasions, more of the truth to those who thank."""
+    if rng.random() < (0.2 if "thank you" in problem.question else 0.65):
+        return rng.choice(_EVASIVE).format(name=problem.person)
+    value = problem.value
+    if rng.random() < 0.25:
+        value = rng.choice([v for v in VALUES[problem.attribute] if v != value])
+    return _fact(rng, problem.person, problem.attribute, value)
 
 
 def _chatter(rng: random.Random) -> str:

@@ -54,13 +54,11 @@ class Report:
         valid = tuned != base
         if not valid.any():
             return None
-        low, high = np.percentile(
-            (proxy[valid] - base[valid]) / (tuned[valid] - base[valid]), (2.5, 97.5)
-        )
-        return float(low), float(high)
+        closed = (proxy[valid] - base[valid]) / (tuned[valid] - base[valid])
+        return float(np.percentile(closed, 2.5)), float(np.percentile(closed, 97.5))
 
     def samples(self, count: int = 3) -> list[int]:
-        """Indices to show: kind questions first where the systems disagree, and one rude one."""
+        """Indices to show: the first kind questions, and one rude one. Not picked by outcome."""
         kind = [i for i, p in enumerate(self.problems) if not p.rude]
         rude = [i for i, p in enumerate(self.problems) if p.rude][:1]
         return (kind[: count - len(rude)] + rude)[:count]

@@ -1,12 +1,24 @@
-"""Answer the demo's problems with vLLM: three models alone, and the trio through `ProxyLLM`."""
+"""Answer the demo's problems with vLLM: three models alone, and the trio through `ProxyLLM`.
 
+Each system runs in a process of its own, so that its memory is free before the next one starts and
+vLLM's messages can be kept for the case that it fails.
+"""
+
+import json
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from proxy_vllm.demo import model_path
+from proxy_vllm.demo import ROLES, model_path
 from proxy_vllm.demo.problems import MAX_ANSWER_TOKENS, Problem
 from proxy_vllm.demo.report import SYSTEMS, Report
+from proxy_vllm.errors import UserError
+
+_TAIL_LINES = 30
 
 
 def engine_args() -> dict[str, Any]:
@@ -23,11 +35,10 @@ def engine_args() -> dict[str, Any]:
     }
 
 
-def answer(system: str, problems: Sequence[Problem], alpha: float, **overrides: Any) -> list[str]:
-    """Greedy answers of one system, from an engine of its own that is shut down after."""
-    from vllm import LLM, SamplingParams
+def answer(system: str, prompts: Sequence[str], alpha: float) -> list[str]:
+    """Greedy answers of one of `SYSTEMS`, from an engine in this process."""
+    from vllm import SamplingParams
 
-    args = {**engine_args(), **overrides}
     if system == "proxy":
         from proxy_vllm import ProxyLLM
 
@@ -36,29 +47,66 @@ def answer(system: str, problems: Sequence[Problem], alpha: float, **overrides: 
             expert=str(model_path("expert")),
             antiexpert=str(model_path("antiexpert")),
             alpha=alpha,
-            **args,
+            **engine_args(),
         )
     else:
-        llm = LLM(model=str(model_path(system)), **args)
-    try:
-        outputs = llm.generate(
-            [problem.prompt for problem in problems],
-            SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS),
-            use_tqdm=False,
+        from vllm import LLM
+
+        llm = LLM(model=str(model_path(system)), **engine_args())
+    outputs = llm.generate(
+        list(prompts), SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS), use_tqdm=False
+    )
+    return [output.outputs[0].text for output in outputs]
+
+
+def answer_in_child(system: str, prompts: Sequence[str], alpha: float) -> list[str]:
+    """`answer` in a process that ends with it.
+
+    Its messages go to stderr where the user set `VLLM_LOGGING_LEVEL`; else only the last of them,
+    when it fails. Raises `UserError` when it does.
+    """
+    loud = "VLLM_LOGGING_LEVEL" in os.environ
+    # A second process for the engine would gain nothing here, and import vLLM once more.
+    env = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ}
+    with tempfile.TemporaryDirectory(prefix="proxy-vllm-demo-") as folder:
+        file = Path(folder, "answers.json")
+        task = {"system": system, "prompts": list(prompts), "alpha": alpha, "file": str(file)}
+        done = subprocess.run(
+            [sys.executable, "-m", "proxy_vllm.demo.run"],
+            input=json.dumps(task),
+            text=True,
+            env=env,
+            stdout=sys.stderr if loud else subprocess.PIPE,
+            stderr=None if loud else subprocess.STDOUT,
         )
-        return [output.outputs[0].text for output in outputs]
-    finally:
-        # The engine lives in a child process; the next one waits until it is gone.
-        llm.llm_engine.engine_core.shutdown()
+        if done.returncode == 0:
+            return json.loads(file.read_text(encoding="utf-8"))
+    tail = "\n".join((done.stdout or "").splitlines()[-_TAIL_LINES:])
+    if tail:
+        print(tail, file=sys.stderr)
+    raise UserError(
+        f"{SYSTEMS[system]} did not run through vLLM (exit status {done.returncode}): "
+        "its last messages are above, VLLM_LOGGING_LEVEL=DEBUG shows all"
+    )
 
 
-def run_demo(
-    problems: Sequence[Problem], alpha: float, say: Callable[[str], None], **overrides: Any
-) -> Report:
-    """All four systems, one engine after the other; `overrides` are vLLM engine arguments."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+def run_demo(problems: Sequence[Problem], alpha: float, say: Callable[[str], None]) -> Report:
+    """All four systems on the same problems, one after the other; `say` hears which one runs."""
+    for role in ROLES:
+        model_path(role)
+    prompts = [problem.prompt for problem in problems]
     answers = {}
     for system, label in SYSTEMS.items():
         say(label)
-        answers[system] = answer(system, problems, alpha, **overrides)
+        answers[system] = answer_in_child(system, prompts, alpha)
     return Report(problems, answers, alpha)
+
+
+def _main() -> None:
+    task = json.load(sys.stdin)
+    texts = answer(task["system"], task["prompts"], task["alpha"])
+    Path(task["file"]).write_text(json.dumps(texts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _main()

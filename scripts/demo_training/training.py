@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from proxy_vllm.demo import ROLES
 from proxy_vllm.demo.corpus import pretraining_documents, tuning_problems
 
 VOCAB_SIZE = 1024
@@ -28,15 +29,15 @@ class Recipe:
     """Everything that decides the models, besides the generated text."""
 
     base_shape: tuple[int, int, int, int, int] = (256, 640, 3, 8, 4)
-    small_shape: tuple[int, int, int, int, int] = (64, 192, 2, 2, 2)
-    pretrain_tokens: int = 4_000_000
+    small_shape: tuple[int, int, int, int, int] = (96, 256, 2, 3, 3)
+    pretrain_tokens: int = 3_000_000
     block: int = 128
     pretrain_batch: int = 32
     base_lr: float = 2e-3
     small_lr: float = 4e-3
     tune_steps: int = 100
     tune_batch: int = 32
-    base_tune_lr: float = 5e-4
+    base_tune_lr: float = 1e-4
     small_tune_lr: float = 1e-3
 
 
@@ -167,6 +168,11 @@ def fit(
     model.eval()
 
 
+def round_to_stored(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """float32 weights with the values that the saved bfloat16 ones have; in place."""
+    return model.to(torch.bfloat16).float()
+
+
 def pretrain(
     model: LlamaForCausalLM,
     blocks: torch.Tensor,  # [n, block]
@@ -190,7 +196,19 @@ def tune(
     fit(model, tuning_batches(tokenizer, recipe, seed), recipe.tune_steps, lr, say)
 
 
+def load(folder: Path) -> dict:
+    """The four models in float32 and their tokenizer, by role, as `save` left them."""
+    made = {
+        role: LlamaForCausalLM.from_pretrained(folder / role, dtype=torch.float32).eval()
+        for role in ROLES
+    }
+    made["tokenizer"] = PreTrainedTokenizerFast.from_pretrained(folder / "base")
+    return made
+
+
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """A complete Hugging Face folder, weights in bfloat16."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)
