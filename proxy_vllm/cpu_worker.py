@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed import get_pp_group
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -23,6 +24,16 @@ class ProxyCPUModelRunner(CPUModelRunner):
     def __init__(self, vllm_config, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.proxy_config = ProxyConfig.from_vllm_config(vllm_config)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if not get_pp_group().is_first_rank:
+            # vLLM makes these in its warm-up run, which an eager engine on a CPU leaves out.
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens,
+                dtype=self.model_config.dtype,
+                device=self.device,
+            )
 
     def _model_forward(self, *args: Any, positions: torch.Tensor, **kwargs: Any) -> Any:
         req_ids = self.input_batch.req_ids
