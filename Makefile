@@ -7,21 +7,25 @@ TORCH := 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-v1 test-v2 test-slow lint types setup clean
+.PHONY: demo test test-v1 test-kernels test-v2 test-slow lint types setup clean
 
 demo: setup
 	$(BIN)/proxy-vllm demo
 
-test: setup test-v1 test-v2
+test: setup test-v1 test-kernels test-v2
 
-# The runner is chosen when Triton is imported, so the suite runs in two processes. What does not
-# depend on the runner runs once.
+# The runner is chosen when Triton is imported, so the suite runs in a process for each runner, and
+# one for the kernels, whose tests set up the interpreter for speed. What does not depend on the
+# runner runs once.
 RUNNER_FREE := bench_cli_e2e bench_multi_gpu generate plan_e2e ray_batch server
 test-v1: setup
 	$(BIN)/python -m pytest tests --ignore=tests/kernels -m "not slow"
 
+test-kernels: setup
+	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/kernels -m "not slow"
+
 test-v2: setup
-	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/kernels tests/e2e -m "not slow" \
+	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/e2e -m "not slow" \
 	  $(RUNNER_FREE:%=--ignore=tests/e2e/test_%.py)
 
 # What takes minutes each: benchmarks end to end, data parallel servers, every kernel for sm_90.

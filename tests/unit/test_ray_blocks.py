@@ -49,9 +49,9 @@ def test_blocks_of_several_threads_share_one_engine():
         assert texts(results[index]) == [f"P{i}" for i in range(1, 41)]
         assert [r.completion_tokens for r in results[index]] == [d["max_tokens"] for _, d in block]
     total = sum(data["max_tokens"] for block in blocks for _, data in block)
-    # Threads start when the machine lets them; an engine that drained between them would take more
-        # than one step for every 8 tokens.
-        assert llm.most_live == 16 and llm.steps < total / 8
+    # Threads start when the machine lets them; an engine that drained between blocks would
+    # take more than a step for every 8 tokens.
+    assert llm.most_live == 16 and llm.steps < total / 8
 
 
 def test_alone_means_alone():
