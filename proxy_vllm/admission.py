@@ -31,6 +31,8 @@ class AdmissionMiddleware:
 
     def __init__(self, app: Any) -> None:
         self.app = app
+        # Both are the server's, made with the first request: its configuration is not there before.
+        self._proxy: ProxyConfig | None = None
         self._prompts: Any = None
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
@@ -67,7 +69,9 @@ class AdmissionMiddleware:
 
     async def _admit(self, vllm_config: Any, path: str, body: bytes) -> bytes | None:
         """Check a body; return it rewritten if prompts of the small members were put in."""
-        proxy = ProxyConfig.from_vllm_config(vllm_config)
+        if self._proxy is None:
+            self._proxy = ProxyConfig.from_vllm_config(vllm_config)
+        proxy = self._proxy
         templates = any(proxy.chat_template_of(role) is not None for role in PROMPT_KEYS)
         if templates and path.endswith(_WITHOUT_TEMPLATES):
             raise UserError(

@@ -56,10 +56,10 @@ class ProxyModelRunner(GPUModelRunner):
             and sampler.without_filters(input_batch)
         ):
             tokens = sampler.sample_heads(heads, hidden, input_batch)
-            output = sampler.output_of(tokens, input_batch)
-            return output, output.num_sampled, output.num_rejected
-        logits = self.model.logits_for_sampling(hidden)
-        output = sampler.output_of(sampler.sample_fused(logits, input_batch), input_batch)
+        else:
+            logits = self.model.logits_for_sampling(hidden)
+            tokens = sampler.sample_fused(logits, input_batch)
+        output = sampler.output_of(tokens, input_batch)
         if len(rows):
             part, index = select_rows(input_batch, rows, self.device)
             combined = self.model.combine(logits, alpha, index)

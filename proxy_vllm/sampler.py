@@ -93,15 +93,23 @@ class ProxySampler(Sampler):
             needs = needs | np.array([r in constrained for r in input_batch.req_ids])
         return np.flatnonzero(needs)
 
-    def without_filters(self, input_batch: InputBatch) -> bool:
-        """Whether every row is greedy or of plain temperature."""
+    def filters(self, input_batch: InputBatch) -> dict[str, torch.Tensor | None]:
+        """top_k, top_p and min_p by request slot; None for one that no row of the batch uses."""
         states, rows = self.sampling_states, input_batch.idx_mapping_np
-        return not (
-            self.use_fp64_gumbel
-            or np.any(states.top_k.np[rows] != states.vocab_size)
-            or np.any(states.top_p.np[rows] != 1.0)
-            or np.any(states.min_p.np[rows] != 0.0)
-        )
+
+        def used(state, off) -> torch.Tensor | None:
+            return state.gpu if np.any(state.np[rows] != off) else None
+
+        return {
+            "top_k": used(states.top_k, states.vocab_size),
+            "top_p": used(states.top_p, 1.0),
+            "min_p": used(states.min_p, 0.0),
+        }
+
+    def without_filters(self, input_batch: InputBatch) -> bool:
+        """Whether every row is greedy or of plain temperature, with vLLM's float32 noise."""
+        unused = all(used is None for used in self.filters(input_batch).values())
+        return unused and not self.use_fp64_gumbel
 
     def sample_heads(
         self, heads: FusedHeads, hidden: list[torch.Tensor], input_batch: InputBatch
@@ -124,11 +132,7 @@ class ProxySampler(Sampler):
         Args:
             logits: the members' logits, 3 x ``[B, V_m]``, or this rank's columns of them.
         """
-        states, rows = self.sampling_states, input_batch.idx_mapping_np
-
-        def used(state, off) -> torch.Tensor | None:
-            return state.gpu if np.any(state.np[rows] != off) else None
-
+        states = self.sampling_states
         draw = proxy_sample
         if isinstance(logits, Shards):
             assert self.exchange is not None
@@ -147,9 +151,7 @@ class ProxySampler(Sampler):
             states.temperature.gpu,
             states.seeds.gpu,
             input_batch.positions[input_batch.logits_indices],
-            top_k=used(states.top_k, states.vocab_size),
-            top_p=used(states.top_p, 1.0),
-            min_p=used(states.min_p, 0.0),
+            **self.filters(input_batch),
             row_to_request=input_batch.idx_mapping,
             use_fp64_gumbel=self.use_fp64_gumbel,
         )
