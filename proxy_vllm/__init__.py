@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING, Any
 from proxy_vllm.envs import prepare_process
 
 if TYPE_CHECKING:
+    from proxy_vllm.batch.ray_actors import ProxyGenerator
     from proxy_vllm.config import ProxyConfig
     from proxy_vllm.llm import ProxyLLM
 
 __version__ = "0.1.0"
-__all__ = ["ProxyConfig", "ProxyLLM", "__version__"]
+__all__ = ["ProxyConfig", "ProxyGenerator", "ProxyLLM", "__version__"]
 
 prepare_process()
 
-_LAZY = {"ProxyLLM": "proxy_vllm.llm", "ProxyConfig": "proxy_vllm.config"}
+_LAZY = {
+    "ProxyConfig": "proxy_vllm.config",
+    "ProxyGenerator": "proxy_vllm.batch.ray_actors",
+    "ProxyLLM": "proxy_vllm.llm",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from proxy_vllm.config import ALPHA_KEY, ProxyConfig
 from proxy_vllm.errors import UserError
-from proxy_vllm.prompts import PROMPT_KEYS, RESOLVED_KEY
+from proxy_vllm.own_prompts.prompts import PROMPT_KEYS, RESOLVED_KEY
 
 _XARGS = "vllm_xargs"
 _OUR_KEYS = (ALPHA_KEY, *PROMPT_KEYS.values())
@@ -99,7 +99,7 @@ class AdmissionMiddleware:
         if xargs is not None and not isinstance(xargs, dict):
             return None  # vLLM answers what is no object itself
         if self._prompts is None:
-            from proxy_vllm.member_prompts import MemberPrompts
+            from proxy_vllm.own_prompts.front_end import MemberPrompts
 
             self._prompts = MemberPrompts(vllm_config)
         # Templates and tokenizers take milliseconds, in which the server should go on.

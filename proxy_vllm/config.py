@@ -164,7 +164,7 @@ def apply_to_engine_args(
     from vllm.platforms import current_platform
 
     from proxy_vllm.envs import cpu_runner
-    from proxy_vllm.prompts import SCHEDULER
+    from proxy_vllm.own_prompts.prompts import SCHEDULER
 
     out = dict(kwargs)
     overrides = out.get("hf_overrides") or {}

@@ -4,10 +4,10 @@ from typing import Any
 
 from vllm import LLM
 
-from proxy_vllm.chat_templates import AUTO, resolve_template
 from proxy_vllm.config import ROLES, ProxyConfig, apply_to_engine_args, check_vllm_version
 from proxy_vllm.errors import UserError
-from proxy_vllm.member_prompts import INPUT_KEY, MemberPrompts
+from proxy_vllm.own_prompts.chat_templates import AUTO, resolve_template
+from proxy_vllm.own_prompts.front_end import INPUT_KEY, MemberPrompts
 from proxy_vllm.plugin import register
 from proxy_vllm.request import admit
 from proxy_vllm.validate import validate_trio
@@ -37,8 +37,8 @@ class ProxyLLM(LLM):
         speculative_tokens: draft this many tokens a step with the expert.
         base_chat_template, expert_chat_template, antiexpert_chat_template: how each member reads a
             ``chat``: ``"auto"`` (its tokenizer's own template), ``"plain"``, ``"llama-2"``,
-            ``"llama-2-paper"``, a file, or Jinja (see chat_templates.py). A small member without
-            one reads the base's prompt.
+            ``"llama-2-paper"``, a file, or Jinja (see own_prompts/chat_templates.py). A small
+            member without one reads the base's prompt.
         **kwargs: any argument of ``vllm.LLM``.
 
     Raises:

@@ -24,10 +24,10 @@ from proxy_vllm.members import (
     separate_attention,
     weight_bytes,
 )
-from proxy_vllm.prompts import obstacle
+from proxy_vllm.own_prompts.prompts import obstacle
 
 if TYPE_CHECKING:
-    from proxy_vllm.own_prompts import MemberInputs
+    from proxy_vllm.own_prompts.inputs import MemberInputs
 
 
 class ProxyTunedForCausalLM(nn.Module, SupportsPP):

@@ -19,8 +19,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from proxy_vllm.own_prompts import OwnPromptState, Step
-from proxy_vllm.prompts import RESOLVED_KEY, OwnPrompts, obstacle
+from proxy_vllm.own_prompts.inputs import OwnPromptState, Step
+from proxy_vllm.own_prompts.prompts import RESOLVED_KEY, OwnPrompts, obstacle
 from proxy_vllm.request import worker_alpha
 
 

@@ -83,8 +83,8 @@ def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
 
 def proxy_config(args: argparse.Namespace):
     """The ``ProxyConfig`` that the parsed options describe."""
-    from proxy_vllm.chat_templates import resolve_template
     from proxy_vllm.config import ProxyConfig
+    from proxy_vllm.own_prompts.chat_templates import resolve_template
 
     return ProxyConfig(
         expert=args.expert,
@@ -110,8 +110,8 @@ def apply_to_namespace(args: argparse.Namespace) -> None:
     Raises:
         UserError: members that do not fit together or cannot be read.
     """
-    from proxy_vllm.chat_templates import resolve_template
     from proxy_vllm.config import apply_to_engine_args, check_vllm_version
+    from proxy_vllm.own_prompts.chat_templates import resolve_template
     from proxy_vllm.plugin import register
     from proxy_vllm.validate import validate_trio
 

@@ -125,7 +125,7 @@ def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sampling_defaults(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of ``SamplingParams`` for lines that do not set them, checked."""
-    from proxy_vllm.batch_request import check_field, sampling_params
+    from proxy_vllm.batch.request import check_field, sampling_params
 
     given = {name: getattr(args, name) for name in (*_SAMPLING, "seed")}
     defaults = {
@@ -154,7 +154,7 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def file_job(args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
     """The ``FileJob`` that the command line describes."""
-    from proxy_vllm.batch_file import FileJob
+    from proxy_vllm.batch.file_job import FileJob
 
     if len(args.input) > 1:
         raise UserError("--input: one file at a time; --replicas reads several, on Ray")
@@ -173,7 +173,7 @@ def file_job(args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
 def ray_job(args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
     """The ``RayJob`` that the command line describes."""
     try:
-        from proxy_vllm.ray_job import RayJob
+        from proxy_vllm.batch.ray_job import RayJob
     except ImportError as error:
         raise UserError(f"--replicas needs Ray ({error}): pip install 'proxy_vllm[ray]'") from None
 

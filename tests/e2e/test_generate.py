@@ -14,7 +14,7 @@ from reference_loop import Trio, greedy
 from tiny_models import CHAT_TEMPLATE
 from transformers import AutoTokenizer
 
-from proxy_vllm.batch import BatchGenerator
+from proxy_vllm.batch.generator import BatchGenerator
 from proxy_vllm.envs import cpu_runner
 
 EOS = 1

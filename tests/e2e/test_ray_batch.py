@@ -16,7 +16,7 @@ import torch
 from engines import SMALL, prompt_ids, running
 from reference_loop import Trio, greedy
 
-from proxy_vllm.batch import BatchGenerator
+from proxy_vllm.batch.generator import BatchGenerator
 from proxy_vllm.envs import cpu_runner
 from proxy_vllm.errors import UserError
 
@@ -81,7 +81,7 @@ def write_input(folder: Path) -> Path:
 
 
 def job(trio, source, target, replicas=2, **options):
-    from proxy_vllm.ray_job import RayJob
+    from proxy_vllm.batch.ray_job import RayJob
 
     arguments = {**trio, **ENGINE, **options.pop("llm_arguments", {})}
     return RayJob(
@@ -230,7 +230,7 @@ def test_what_cannot_be_had_is_one_clear_line(
     ],
 )
 def test_an_address_without_ray_is_one_clear_line(address, message):
-    from proxy_vllm.ray_job import _check_reachable
+    from proxy_vllm.batch.ray_job import _check_reachable
 
     with pytest.raises(UserError, match=message):
         _check_reachable(address)
@@ -240,7 +240,7 @@ def test_rows_of_a_dataset(cluster, trio, expected):
     """The class that users give to ``map_batches``."""
     import ray.data
 
-    from proxy_vllm.ray_batch import ProxyGenerator
+    from proxy_vllm.batch.ray_actors import ProxyGenerator
 
     rows = [{"seed": None, **row, "note": i} for i, row in enumerate(make_rows(12))]
     rows.append({**rows[0], "id": "long", "prompt": [5] * 300, "note": 99})

@@ -6,8 +6,8 @@ import threading
 import pytest
 from scripted_llm import PROXY, ScriptedLLM, lines
 
-from proxy_vllm.batch import BatchGenerator
-from proxy_vllm.batch_request import parse_request
+from proxy_vllm.batch.generator import BatchGenerator
+from proxy_vllm.batch.request import parse_request
 from proxy_vllm.errors import UserError
 
 

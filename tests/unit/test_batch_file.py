@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from scripted_llm import ScriptedLLM, lines
 
-from proxy_vllm.batch_file import FileJob
+from proxy_vllm.batch.file_job import FileJob
+from proxy_vllm.batch.jsonl import IdSet, ResultFile, read_jsonl
 from proxy_vllm.errors import UserError
-from proxy_vllm.jsonl import IdSet, ResultFile, read_jsonl
 
 
 def test_reading_lines(tmp_path):
@@ -44,7 +44,7 @@ def test_reading_lines(tmp_path):
 
 
 def test_an_endless_line_is_refused_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("proxy_vllm.jsonl.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("proxy_vllm.batch.jsonl.MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "in"
     path.write_bytes(b"x" * (3 << 20) + b'\n{"prompt": "a"}\n')
     with path.open("rb") as stream:

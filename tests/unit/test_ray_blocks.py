@@ -11,12 +11,12 @@ import pytest
 from scripted_llm import ScriptedLLM, lines
 
 from proxy_vllm import ray_batch
-from proxy_vllm.batch_request import request_fields
-from proxy_vllm.batch_shared import EngineFailure, SharedGenerator
+from proxy_vllm.batch.jsonl import read_jsonl
+from proxy_vllm.batch.ray_actors import BlockWriter, ProxyGenerator
+from proxy_vllm.batch.ray_blocks import BlockReader, InputFile, OutputFolder, blocks_of, find_files
+from proxy_vllm.batch.request import request_fields
+from proxy_vllm.batch.shared import EngineFailure, SharedGenerator
 from proxy_vllm.errors import UserError
-from proxy_vllm.jsonl import read_jsonl
-from proxy_vllm.ray_batch import BlockWriter, ProxyGenerator
-from proxy_vllm.ray_blocks import BlockReader, InputFile, OutputFolder, blocks_of, find_files
 
 request_fields()  # imports vLLM, which may take longer than a thread is waited for
 

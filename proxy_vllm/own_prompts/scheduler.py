@@ -25,7 +25,7 @@ from vllm.v1.request import Request
 
 from proxy_vllm.config import ROLES
 from proxy_vllm.errors import UserError
-from proxy_vllm.prompts import (
+from proxy_vllm.own_prompts.prompts import (
     PROMPT_KEYS,
     RESOLVED_KEY,
     OwnPrompts,

@@ -15,11 +15,11 @@ from typing import Any
 
 import ray
 
-from proxy_vllm.batch_file import Interrupts, Progress
+from proxy_vllm.batch.file_job import Interrupts, Progress
+from proxy_vllm.batch.ray_actors import BlockWriter
+from proxy_vllm.batch.ray_blocks import Block, InputFile, OutputFolder, blocks_of, find_files
 from proxy_vllm.config import ProxyConfig, check_vllm_version
 from proxy_vllm.errors import UserError
-from proxy_vllm.ray_batch import BlockWriter
-from proxy_vllm.ray_blocks import Block, InputFile, OutputFolder, blocks_of, find_files
 
 # Rows of Ray's own dataset in one of its tasks, at most so many tasks.
 _MOST_TASKS = 10_000

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from proxy_vllm.batch_request import Request, id_of, one_line, parse_request, result_json
+from proxy_vllm.batch.request import Request, id_of, one_line, parse_request, result_json
 from proxy_vllm.errors import UserError
 
 if TYPE_CHECKING:

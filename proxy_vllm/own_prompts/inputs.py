@@ -26,7 +26,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from proxy_vllm.config import ROLES
 from proxy_vllm.errors import UserError
-from proxy_vllm.prompts import OwnPrompts
+from proxy_vllm.own_prompts.prompts import OwnPrompts
 
 # vLLM's own preparation of attention metadata, all but the batch bound:
 # (batch, block tables, slot mappings [1, N], attention groups) -> metadata of each layer.

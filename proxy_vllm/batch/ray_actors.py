@@ -9,11 +9,11 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proxy_vllm.batch import Item, Result
-from proxy_vllm.batch_request import one_line, request_fields
-from proxy_vllm.batch_shared import EngineFailure, SharedGenerator
+from proxy_vllm.batch.generator import Item, Result
+from proxy_vllm.batch.ray_blocks import ERRORS, Block, BlockReader, lines_of, write_whole
+from proxy_vllm.batch.request import one_line, request_fields
+from proxy_vllm.batch.shared import EngineFailure, SharedGenerator
 from proxy_vllm.errors import UserError
-from proxy_vllm.ray_blocks import ERRORS, Block, BlockReader, lines_of, write_whole
 
 if TYPE_CHECKING:
     import pyarrow

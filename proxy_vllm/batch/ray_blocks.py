@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxy_vllm.batch import Item
+from proxy_vllm.batch.generator import Item
+from proxy_vllm.batch.jsonl import IdSet, only_new, parse_line
 from proxy_vllm.errors import UserError
-from proxy_vllm.jsonl import IdSet, only_new, parse_line
 
 _PARQUET = ".parquet"
 # What is read in a folder. A file that is named itself is JSONL unless it ends in .parquet.

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from proxy_vllm.batch import Item
-from proxy_vllm.batch_request import id_of
+from proxy_vllm.batch.generator import Item
+from proxy_vllm.batch.request import id_of
 from proxy_vllm.errors import UserError
 
 # Longer than any prompt; a binary file without line ends must not fill the memory.

@@ -19,7 +19,7 @@ PROMPT_KEYS = {"expert": "proxy_expert_prompt", "antiexpert": "proxy_antiexpert_
 # What the scheduler tells the workers: the length of the base's prompt, the other two prompts.
 RESOLVED_KEY = "proxy_own_prompts"
 
-SCHEDULER = "proxy_vllm.scheduler.make_scheduler"
+SCHEDULER = "proxy_vllm.own_prompts.scheduler.make_scheduler"
 
 
 @dataclass(frozen=True)

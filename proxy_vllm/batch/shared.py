@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from proxy_vllm.batch import Item, RequestPool, Result, Slot
+from proxy_vllm.batch.generator import Item, RequestPool, Result, Slot
 
 if TYPE_CHECKING:
     from proxy_vllm.llm import ProxyLLM

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from proxy_vllm.batch import BatchGenerator, Item, Result, engine_is_dead
+from proxy_vllm.batch.generator import BatchGenerator, Item, Result, engine_is_dead
+from proxy_vllm.batch.jsonl import ResultFile, count_lines, only_new, open_input, read_jsonl
 from proxy_vllm.errors import UserError
-from proxy_vllm.jsonl import ResultFile, count_lines, only_new, open_input, read_jsonl
 
 if TYPE_CHECKING:
     from proxy_vllm.llm import ProxyLLM

@@ -4,10 +4,10 @@ import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from proxy_vllm.chat_templates import AUTO
 from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
-from proxy_vllm.prompts import (
+from proxy_vllm.own_prompts.chat_templates import AUTO
+from proxy_vllm.own_prompts.prompts import (
     PROMPT_KEYS,
     RESOLVED_KEY,
     check_ids,
