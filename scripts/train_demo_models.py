@@ -111,6 +111,7 @@ def main() -> None:
                 "accuracy": result,
                 "recipe": vars(recipe),
                 "seconds": round(time.monotonic() - start),
+                "cpu_seconds": round(time.process_time()),  # of all threads
                 "threads": torch.get_num_threads(),
                 "cpus": os.cpu_count(),
                 "torch": torch.__version__,
