@@ -119,10 +119,12 @@ class ProxyLLM(LLM):
         if self.member_prompts.has_templates:
             own = self.member_prompts.of_chat(
                 conversation,
-                add_generation_prompt=kwargs.get("add_generation_prompt", True),
-                continue_final_message=kwargs.get("continue_final_message", False),
+                {
+                    **(kwargs.get("chat_template_kwargs") or {}),
+                    "add_generation_prompt": kwargs.get("add_generation_prompt", True),
+                    "continue_final_message": kwargs.get("continue_final_message", False),
+                },
                 tools=kwargs.get("tools"),
-                **(kwargs.get("chat_template_kwargs") or {}),
             )
         return _carry(super()._preprocess_chat_one(conversation, **kwargs), own)
 

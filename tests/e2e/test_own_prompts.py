@@ -338,7 +338,7 @@ def test_what_comes_past_admission_ends_with_an_error(cached, reference):
     """A request added to the engine itself, with prompts that nobody checked."""
     good = prompts_of((20, 40, None), seed=590)
     engine = cached.llm_engine
-    for i, bad in enumerate(("text", [5] * 400, [], [1.5], {"a": 1})):
+    for i, bad in enumerate(("text", [5] * 400, [], [1.5], [5, 111], {"a": 1})):
         params = greedy_params(8, proxy_alpha=1.0)
         params.extra_args["proxy_expert_prompt"] = bad
         engine.add_request(f"bad{i}", {"prompt_token_ids": good["base"]}, params)
@@ -350,7 +350,7 @@ def test_what_comes_past_admission_ends_with_an_error(cached, reference):
             if output.finished:
                 ended[output.request_id] = output.outputs[0]
     assert list(ended.pop("good").token_ids) == greedy(reference, good, 8, 1.0)[0]
-    assert len(ended) == 5
+    assert len(ended) == 6
     assert {(o.finish_reason, tuple(o.token_ids)) for o in ended.values()} == {("error", ())}
 
 
