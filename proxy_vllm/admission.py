@@ -12,7 +12,7 @@ from typing import Any
 
 from proxy_vllm.config import ALPHA_KEY, ProxyConfig
 from proxy_vllm.errors import UserError
-from proxy_vllm.own_prompts.prompts import PROMPT_KEYS, RESOLVED_KEY
+from proxy_vllm.own_prompts.prompts import PROMPT_KEYS, RESOLVED_KEY, check_tokenization
 
 _XARGS = "vllm_xargs"
 _OUR_KEYS = (ALPHA_KEY, *PROMPT_KEYS.values())
@@ -204,11 +204,7 @@ def _check_base_prompt(request: dict) -> None:
             f"{PROMPT_KEYS['expert']} belongs to one prompt, and this request has {len(prompt)}:"
             " send a request for each"
         )
-    if request.get("truncate_prompt_tokens") is not None:
-        raise UserError(
-            "truncate_prompt_tokens would cut the base's prompt and none of the others: shorten the"
-            " prompts, or give all models one prompt"
-        )
+    check_tokenization(request)
 
 
 async def _refuse(send: Any, message: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from engines import RUNNER, SMALL, greedy_params, prompt_ids, running
 from reference_loop import Trio, greedy
 from vllm import SamplingParams
+from vllm.sampling_params import BeamSearchParams
 
 from proxy_vllm import ProxyLLM
 from proxy_vllm.errors import UserError
@@ -331,6 +332,24 @@ def test_refusals_name_the_culprit_and_harm_nobody(cached, reference, prompt, fi
     assert "\n" not in str(error.value)
     assert not cached.llm_engine.has_unfinished_requests()
     check(cached, reference, [good], max_tokens=4)
+
+
+@v2
+def test_what_would_lose_own_prompts_refuses_them(cached, reference):
+    """Beam search makes requests of its own, and a cut would be the base's alone."""
+    own = prompts_of((20, 40, None), seed=585)
+    with pytest.raises(UserError, match="use generate"):
+        cached.beam_search([own["base"], own], BeamSearchParams(beam_width=2, max_tokens=2))
+    cut = {"truncate_prompt_tokens": 8}
+    with pytest.raises(UserError, match="truncate_prompt_tokens"):
+        cached.generate(own, greedy_params(2), tokenization_kwargs=cut, use_tqdm=False)
+    assert not cached.llm_engine.has_unfinished_requests()
+    # What the refusal names works, and beams of one prompt for all go on working.
+    check(cached, reference, [own], max_tokens=4)
+    params = BeamSearchParams(beam_width=1, max_tokens=4, ignore_eos=True)
+    (beams,) = cached.beam_search([{"prompt_token_ids": own["base"]}], params)
+    want, _ = greedy(reference, own["base"], 4, 1.0)
+    assert beams.sequences[0].tokens[len(own["base"]) :] == want
 
 
 @v2
