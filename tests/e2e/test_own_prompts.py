@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RUNNER, SMALL, greedy_params, prompt_ids, running
+from engines import GRAPHS, SMALL, V2, counted_graphs, greedy_params, prompt_ids, running
 from reference_loop import Trio, greedy
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
@@ -19,7 +19,11 @@ from proxy_vllm.errors import UserError
 BLOCK = SMALL["block_size"]
 KEYS = {"expert": "proxy_expert_prompt", "antiexpert": "proxy_antiexpert_prompt"}
 
-v2 = pytest.mark.skipif(RUNNER != "v2", reason="own prompts need Model Runner V2")
+v2 = pytest.mark.skipif(not V2, reason="own prompts need Model Runner V2")
+# What differs between a CPU and a GPU is asked of both: the second runs under CUDA graphs.
+modes = pytest.mark.parametrize(
+    "mode", [pytest.param({}, id="eager"), pytest.param(GRAPHS, id="graphs", marks=pytest.mark.gpu)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,31 +84,34 @@ LENGTHS = [
 
 
 @v2
+@modes
 @pytest.mark.parametrize("budget, sequences", [(96, 8), (32, 4), (8, 2)])
-def test_every_mix_of_lengths(trio, reference, budget, sequences):
+def test_every_mix_of_lengths(trio, reference, budget, sequences, mode):
     """Chunks larger and smaller than the differences; the second round reuses cached blocks."""
     alphas = [1.0, 0.5, -1.0, 0.0, 2.0]
-    with running(
-        **trio, own_prompts=True, max_num_batched_tokens=budget, max_num_seqs=sequences
-    ) as llm:
+    settings = {"max_num_batched_tokens": budget, "max_num_seqs": sequences, **mode}
+    with running(**trio, own_prompts=True, **settings) as llm, counted_graphs() as graphs:
         for i in range(0, len(LENGTHS), 7):
             prompts = [prompts_of(n, seed=100 + i + j) for j, n in enumerate(LENGTHS[i : i + 7])]
             prompts.insert(3, prompts_of((45, None, None), seed=200 + i))
             mixed = [alphas[(i + j) % 5] for j in range(len(prompts))]
             check(llm, reference, prompts, mixed)
             check(llm, reference, prompts, mixed[::-1])
+    # Most steps decode; a prompt is read in a few, or in one for each token of its budget.
+    assert (graphs["whole"] > 12 and graphs["piecewise"] > 4) == bool(mode)
 
 
 @v2
-def test_without_prefix_caching(trio, reference):
+@modes
+def test_without_prefix_caching(trio, reference, mode):
     prompts = [prompts_of(n, seed=300 + i) for i, n in enumerate(LENGTHS[4:9])]
-    with running(
-        **trio, own_prompts=True, enable_prefix_caching=False, max_num_batched_tokens=40
-    ) as llm:
+    settings = {"enable_prefix_caching": False, "max_num_batched_tokens": 40, **mode}
+    with running(**trio, own_prompts=True, **settings) as llm:
         check(llm, reference, [*prompts, *prompts], max_tokens=8)
 
 
 @v2
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="one GPU")
 def test_tensor_parallel(trio, reference, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     prompts = [prompts_of(n, seed=350 + i) for i, n in enumerate(LENGTHS[3:9])]
@@ -115,7 +122,8 @@ def test_tensor_parallel(trio, reference, monkeypatch):
 
 
 @v2
-def test_random_lengths_arriving_while_others_run(trio, reference):
+@modes
+def test_random_lengths_arriving_while_others_run(trio, reference, mode):
     """Requests join in the middle of others, so prompts of one meet decodes of another."""
     rng = random.Random(7)
 
@@ -127,7 +135,8 @@ def test_random_lengths_arriving_while_others_run(trio, reference):
     alphas = [rng.choice([1.0, 0.5, -1.0, 0.0]) for _ in prompts]
     lengths = [rng.randint(2, 40) for _ in prompts]
     tokens: dict[str, list[int]] = {}
-    with running(**trio, own_prompts=True, max_num_batched_tokens=48, max_num_seqs=4) as llm:
+    settings = {"max_num_batched_tokens": 48, "max_num_seqs": 4, **mode}
+    with running(**trio, own_prompts=True, **settings) as llm:
         engine, waiting = llm.llm_engine, list(range(len(prompts)))
         while waiting or engine.has_unfinished_requests():
             if waiting and rng.random() < 0.4:
@@ -141,7 +150,8 @@ def test_random_lengths_arriving_while_others_run(trio, reference):
 
 
 @v2
-def test_preemption(trio, reference):
+@modes
+def test_preemption(trio, reference, mode):
     """Requests that outgrow the cache are preempted, and rebuild all three caches."""
     lengths = [(30, 45, None), (35, 20, None), (28, None, 60), (31, 2, 33), (20, None, None)]
     prompts = [prompts_of(n, seed=400 + i) for i, n in enumerate(lengths)]
@@ -151,6 +161,7 @@ def test_preemption(trio, reference):
         num_gpu_blocks_override=12,
         disable_log_stats=False,
         max_num_batched_tokens=32,
+        **mode,
     ) as llm:
         check(llm, reference, prompts, [1.0, 0.5, -1.0, 2.0, 1.0], max_tokens=60)
         preempted = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
@@ -373,7 +384,7 @@ def test_what_comes_past_admission_ends_with_an_error(cached, reference):
     assert {(o.finish_reason, tuple(o.token_ids)) for o in ended.values()} == {("error", ())}
 
 
-@pytest.mark.skipif(RUNNER == "v2", reason="the V1 runner's refusal")
+@pytest.mark.skipif(V2, reason="the V1 runner's refusal")
 def test_the_v1_runner_refuses_and_names_the_way_out(trio):
     with running(**trio) as llm:
         for prompt, extra in (

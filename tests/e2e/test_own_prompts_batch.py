@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from engines import RUNNER, SMALL, prompt_ids
+from engines import SMALL, V2, prompt_ids
 from reference_loop import Trio, greedy
 from test_generate import command, run_in_process
 
-pytestmark = pytest.mark.skipif(RUNNER != "v2", reason="own prompts need Model Runner V2")
+pytestmark = pytest.mark.skipif(not V2, reason="own prompts need Model Runner V2")
 
 TOKENS = 6
 SETTINGS = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}

@@ -12,11 +12,11 @@ import urllib.request
 import openai
 import pytest
 import torch
-from engines import RUNNER, prompt_ids
+from engines import V2, prompt_ids
 from reference_loop import Trio, greedy
 from test_server import KEY, Server
 
-pytestmark = pytest.mark.skipif(RUNNER != "v2", reason="own prompts need Model Runner V2")
+pytestmark = pytest.mark.skipif(not V2, reason="own prompts need Model Runner V2")
 
 ALPHA = 1.5  # the server's
 TOKENS = 4
