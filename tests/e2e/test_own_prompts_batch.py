@@ -1,12 +1,18 @@
 """A prompt for each model in files and tables of prompts, against the three-model loop."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 from engines import SMALL, V2, prompt_ids
 from reference_loop import Trio, greedy
 from test_generate import command, run_in_process
+from transformers import AutoTokenizer
+
+from proxy_vllm.demo import model_path
 
 pytestmark = pytest.mark.skipif(not V2, reason="own prompts need Model Runner V2")
 
@@ -109,3 +115,30 @@ def test_rows_of_a_table(trio, expected):
     assert [a["token_ids"] for a in answers] == [expected[i] for i in chosen]
     assert [a["prompt_tokens"] for a in answers] == [base_length(LINES[i][1]) for i in chosen]
     assert "the expert's prompt holds token id 111" in bad["error"]
+
+
+def test_the_example_in_the_readme(tmp_path):
+    """Its command on its lines: what the loop says, and what the text says."""
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    section = readme.split("## A prompt for each model", 1)[1].split("\n## ", 1)[0]
+    block = section.split("```sh\n", 1)[1].split("```", 1)[0]
+    lines = re.search(r"<<'END'\n(.*?)END\n", block, re.S).group(1)
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(lines)
+    run = block.split("proxy-vllm ", 1)[1].replace("$models", str(model_path("base").parent))
+    argv = shlex.split(run.replace("\\\n", " "))
+    argv[argv.index("-i") + 1], argv[argv.index("-o") + 1] = str(source), str(target)
+    small = ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "4"]
+    assert run_in_process(*argv, *small) == 0
+    said = [json.loads(line)["text"].strip() for line in target.read_text().splitlines()]
+
+    models = Trio.load(*map(str, map(model_path, ("base", "expert", "antiexpert"))), torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_path("base"))
+    for text, line in zip(said, lines.splitlines(), strict=True):
+        prompt = json.loads(line)["prompt"]
+        prompts = prompt if isinstance(prompt, dict) else {"base": prompt}
+        ids = {role: tokenizer(text).input_ids for role, text in prompts.items()}
+        tokens, _ = greedy(models, ids, 32, 1.0, [tokenizer.eos_token_id])
+        assert text == tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        assert text in section
+    assert len(set(said)) == 2 and said[0] == said[2]

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,15 +26,19 @@ MESSAGES = [
 ]
 
 
+def serve_parser() -> FlexibleArgumentParser:
+    parser = FlexibleArgumentParser()
+    ProxyServeSubcommand().subparser_init(parser.add_subparsers())
+    return parser
+
+
 class Server:
     """The middleware, and what an application behind it reads."""
 
     def __init__(self, trio: dict[str, str], options: str = "") -> None:
-        parser = FlexibleArgumentParser()
-        ProxyServeSubcommand().subparser_init(parser.add_subparsers())
         members = [trio["model"], "--expert", trio["expert"], "--antiexpert", trio["antiexpert"]]
         small = ["--max-model-len", "64", "--dtype", "float32"]
-        args = parser.parse_args(["serve", *members, *small, *shlex.split(options)])
+        args = serve_parser().parse_args(["serve", *members, *small, *shlex.split(options)])
         apply_to_namespace(args)
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
         renderer = OnlineRenderer(
@@ -389,3 +394,11 @@ def test_the_v1_runner_names_the_way_out(trio, monkeypatch):
     server = Server(trio)
     error = server.refused(COMPLETIONS, {"prompt": "w5", **xargs(proxy_expert_prompt="w7")})
     assert "PROXY_VLLM_CPU_RUNNER=v2" in error["message"]
+
+
+def test_the_documented_server_has_options_that_exist():
+    docs = (Path(__file__).resolve().parents[2] / "docs/own_prompts.md").read_text()
+    command = docs.split("proxy-vllm serve ", 1)[1].split("```", 1)[0].replace("\\\n", " ")
+    args = serve_parser().parse_args(["serve", *shlex.split(command)])
+    assert args.expert_chat_template == "llama-2-paper"
+    assert args.default_chat_template_kwargs == {"response_prefix": "Answer:"}
