@@ -17,7 +17,7 @@ test: setup test-v1 test-kernels test-v2
 # The runner is chosen when Triton is imported, so the suite runs in a process for each runner, and
 # one for the kernels, whose tests set up the interpreter for speed. What does not depend on the
 # runner runs once.
-RUNNER_FREE := bench_cli_e2e bench_multi_gpu generate plan_e2e ray_batch server
+RUNNER_FREE := bench_cli_e2e bench_multi_gpu bench_own_prompts generate plan_e2e ray_batch server
 test-v1: setup
 	$(BIN)/python -m pytest tests --ignore=tests/kernels -m "not slow"
 

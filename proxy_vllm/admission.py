@@ -6,21 +6,32 @@ chat are rendered by the templates of those members, if the server has any.
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 from proxy_vllm.config import ALPHA_KEY, ProxyConfig
 from proxy_vllm.errors import UserError
-from proxy_vllm.own_prompts.prompts import PROMPT_KEYS, RESOLVED_KEY
+from proxy_vllm.own_prompts.prompts import PROMPT_KEYS, RESOLVED_KEY, check_tokenization
 
 _XARGS = "vllm_xargs"
 _OUR_KEYS = (ALPHA_KEY, *PROMPT_KEYS.values())
 # Bodies that mention none of these pass without being parsed.
 _MENTIONS = (b"proxy_alpha", *(key.encode() for key in (*PROMPT_KEYS.values(), RESOLVED_KEY)))
+
 _CHAT = "/v1/chat/completions"
 _COMPLETIONS = "/v1/completions"
-# Other routes that generate from messages, and would give all models the base's prompt.
-_WITHOUT_TEMPLATES = ("/v1/responses", "/v1/messages", "/v1/chat/completions/batch")
+# What vLLM calls rendering answers with the request that _TOKENS takes, `vllm_xargs` included.
+_CHATS = (_CHAT, f"{_CHAT}/render")
+_COMPLETES = (_COMPLETIONS, f"{_COMPLETIONS}/render")
+_TOKENS = "/inference/v1/generate"
+_EITHER = "/invocations"
+# Other routes that read messages, and would give all models the base's prompt.
+_WITHOUT_TEMPLATES = (
+    f"{_CHAT}/batch",
+    *(f"{route}{tail}" for route in ("/v1/responses", "/v1/messages") for tail in ("", "/render")),
+    *("/cohere/v2/chat", "/cohere/v2/chat/render"),
+)
 
 
 class AdmissionMiddleware:
@@ -34,6 +45,9 @@ class AdmissionMiddleware:
         # Both are the server's, made with the first request: its configuration is not there before.
         self._proxy: ProxyConfig | None = None
         self._prompts: Any = None
+        # Templates and tokenizers take milliseconds, in which the server should go on. One thread:
+        # tokenizers are not for several at once.
+        self._thread = ThreadPoolExecutor(1, "proxy-vllm-admission")
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -48,16 +62,17 @@ class AdmissionMiddleware:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        vllm_config = getattr(scope["app"].state, "vllm_config", None)
-        if vllm_config is not None and messages[-1]["type"] == "http.request":
+        state = scope["app"].state
+        if getattr(state, "vllm_config", None) and messages[-1]["type"] == "http.request":
             try:
-                changed = await self._admit(vllm_config, scope["path"], bytes(body))
+                changed = await self._admit(state, scope["path"], bytes(body))
             except UserError as error:
                 await _refuse(send, str(error))
                 return
             if changed is not None:
                 messages = [{"type": "http.request", "body": changed, "more_body": False}]
-                headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
+                sized = (b"content-length", b"transfer-encoding")
+                headers = [(name, value) for name, value in scope["headers"] if name not in sized]
                 scope = {**scope, "headers": [*headers, (b"content-length", b"%d" % len(changed))]}
         replay = iter(messages)
 
@@ -67,10 +82,10 @@ class AdmissionMiddleware:
 
         await self.app(scope, receive_again, send)
 
-    async def _admit(self, vllm_config: Any, path: str, body: bytes) -> bytes | None:
+    async def _admit(self, state: Any, path: str, body: bytes) -> bytes | None:
         """Check a body; return it rewritten if prompts of the small members were put in."""
         if self._proxy is None:
-            self._proxy = ProxyConfig.from_vllm_config(vllm_config)
+            self._proxy = ProxyConfig.from_vllm_config(state.vllm_config)
         proxy = self._proxy
         templates = any(proxy.chat_template_of(role) is not None for role in PROMPT_KEYS)
         if templates and path.endswith(_WITHOUT_TEMPLATES):
@@ -78,62 +93,118 @@ class AdmissionMiddleware:
                 f"this server has chat templates of each model's own, which {_CHAT} applies and"
                 f" {path} does not: use {_CHAT}"
             )
-        chat = templates and path.endswith(_CHAT)
+        chat = templates and path.endswith((*_CHATS, _EITHER))
         if not chat and not any(key in body for key in _MENTIONS):
             return None
         try:
             # NaN and Infinity are not JSON, but Python's parser (and so vLLM's) takes them.
             request = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None  # vLLM answers malformed JSON itself
         if not isinstance(request, dict):
             return None
-        xargs = request.get(_XARGS)
+        # Where sampling parameters stand, and our keys among them.
+        fields, place = request, _XARGS
+        if path.endswith(_TOKENS):
+            fields, place = request.get("sampling_params", {}), "extra_args"
+            if not isinstance(fields, dict):
+                return None
+        xargs = fields.get(place)
         named = xargs if isinstance(xargs, dict) else {}
         for key in _OUR_KEYS:
             if key in request and key not in named:
-                raise UserError(f'{key} belongs in {_XARGS}: {{"{key}": ...}}')
+                raise UserError(f'{key} belongs in {place}: {{"{key}": ...}}')
         proxy.alpha_of(named)
-        if not chat and named.keys().isdisjoint((*PROMPT_KEYS.values(), RESOLVED_KEY)):
-            return None
+        chat = chat and isinstance(request.get("messages"), list)
+        prompts = chat or not named.keys().isdisjoint((*PROMPT_KEYS.values(), RESOLVED_KEY))
         if xargs is not None and not isinstance(xargs, dict):
             return None  # vLLM answers what is no object itself
+        if request.get("use_beam_search") and (prompts or ALPHA_KEY in named):
+            raise UserError(
+                f"use_beam_search reads no {place}, and so neither {ALPHA_KEY} nor prompts of each"
+                " model's own: leave it out, or ask for n answers and keep the likeliest"
+            )
+        if not prompts:
+            return None
+        if not path.endswith((*_CHATS, *_COMPLETES, _EITHER, _TOKENS)):
+            raise UserError(f"{PROMPT_KEYS['expert']} is for {_COMPLETIONS} and {_CHAT}")
+        completed = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._complete, state, request, fields, named, chat
+        )
+        if completed is None:
+            return None
+        fields[place] = completed
+        return json.dumps(request).encode()
+
+    def _complete(
+        self, state: Any, request: dict, fields: dict, named: dict, chat: bool
+    ) -> dict | None:
+        """What a request names, with prompts as token ids; None if vLLM will refuse the request.
+
+        Args:
+            request: the body.
+            fields: where its sampling parameters stand.
+            named: the extra arguments among them.
+            chat: whether messages are to be rendered by the members' templates.
+        """
         if self._prompts is None:
             from proxy_vllm.own_prompts.front_end import MemberPrompts
 
-            self._prompts = MemberPrompts(vllm_config)
-        # Templates and tokenizers take milliseconds, in which the server should go on.
-        request[_XARGS] = await asyncio.to_thread(self._complete, path, request, named)
-        return json.dumps(request).encode()
-
-    def _complete(self, path: str, request: dict, named: dict) -> dict:
-        """``vllm_xargs`` with the small members' prompts as token ids."""
-        prompts = {}
-        if path.endswith(_CHAT) and self._prompts.has_templates:
-            messages = request.get("messages")
-            if not isinstance(messages, list):
-                return named  # vLLM answers
-            prompts = self._prompts.of_chat(
-                messages,
-                add_generation_prompt=request.get("add_generation_prompt", True),
-                continue_final_message=request.get("continue_final_message", False),
-                tools=request.get("tools"),
-                **(request.get("chat_template_kwargs") or {}),
-            )
-        elif not path.endswith((_CHAT, _COMPLETIONS)):
-            raise UserError(f"{PROMPT_KEYS['expert']} is for {_COMPLETIONS} and {_CHAT}")
-        many = request.get("prompt")
-        if isinstance(many, list) and len(many) > 1 and not isinstance(many[0], int):
-            raise UserError(
-                f"{PROMPT_KEYS['expert']} belongs to one prompt, and this request has {len(many)}:"
-                " send a request for each"
-            )
-        echo = request.get("echo") and request.get("logprobs") is not None
+            self._prompts = MemberPrompts(state.vllm_config)
+        prompts: dict[str, list[int]] = {}
+        if chat:
+            rendered = self._render(state.online_renderer, request)
+            if rendered is None:
+                return None
+            prompts = rendered
+        _check_base_prompt(request)
+        reads_messages = "messages" in request
+        prompt_logprobs = fields.get("prompt_logprobs")
+        # vLLM turns an echo of log-probabilities into this, and so it does any echo of a chat.
+        if request.get("echo") and (reads_messages or request.get("logprobs") is not None):
+            prompt_logprobs = prompt_logprobs or 0
         params = SimpleNamespace(
             extra_args=named,
-            prompt_logprobs=request.get("prompt_logprobs", 0 if echo else None),
+            prompt_logprobs=prompt_logprobs,
+            prompt_logprob_token_ids=fields.get("prompt_logprob_token_ids"),
         )
-        return self._prompts.admit(params, prompts).extra_args or {}
+        # vLLM's defaults for the base's prompt.
+        special = bool(request.get("add_special_tokens", not reads_messages))
+        return self._prompts.admit(params, prompts, special).extra_args
+
+    def _render(self, renderer: Any, request: dict) -> dict[str, list[int]] | None:
+        """Prompts of members with templates, told what vLLM tells the base's; None if it cannot.
+
+        Args:
+            renderer: vLLM's, of the server.
+            request: the body; vLLM answers one that it does not take.
+        """
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        try:
+            chat = ChatCompletionRequest.model_validate(json.loads(json.dumps(request)))
+        except ValueError:
+            return None
+        tools = chat.tools
+        if chat.tool_choice == "none" and renderer.exclude_tools_when_tool_choice_none:
+            tools = None
+        return self._prompts.of_chat(
+            chat.messages,
+            renderer.effective_chat_template_kwargs(chat),
+            tools=tools and [tool.model_dump() for tool in tools],
+            add_special_tokens=chat.add_special_tokens,
+        )
+
+
+def _check_base_prompt(request: dict) -> None:
+    """Refuse what would treat the base's prompt otherwise than the others."""
+    prompt = request.get("prompt")
+    if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
+        raise UserError(
+            f"{PROMPT_KEYS['expert']} belongs to one prompt, and this request has {len(prompt)}:"
+            " send a request for each"
+        )
+    check_tokenization(request)
 
 
 async def _refuse(send: Any, message: str) -> None:

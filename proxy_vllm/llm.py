@@ -8,6 +8,7 @@ from proxy_vllm.config import ROLES, ProxyConfig, apply_to_engine_args, check_vl
 from proxy_vllm.errors import UserError
 from proxy_vllm.own_prompts.chat_templates import AUTO, resolve_template
 from proxy_vllm.own_prompts.front_end import INPUT_KEY, MemberPrompts
+from proxy_vllm.own_prompts.prompts import check_tokenization
 from proxy_vllm.plugin import register
 from proxy_vllm.request import admit
 from proxy_vllm.validate import validate_trio
@@ -18,11 +19,11 @@ class ProxyLLM(LLM):
 
     Takes every argument of ``vllm.LLM`` and answers ``generate``, ``chat``, ``beam_search`` and the
     rest alike. A request says its own strength with
-    ``SamplingParams(extra_args={"proxy_alpha": 0.5})``.
+    ``SamplingParams(extra_args={"proxy_alpha": 0.5})``; ``beam_search`` has the engine's.
 
     With ``own_prompts`` a prompt may be ``{"base": ..., "expert": ..., "antiexpert": ...}``,
     each text or token ids; a member without one reads the base's. Answers are appended to all
-    three alike, and outputs hold the base's prompt.
+    three alike, and outputs hold the base's prompt. ``beam_search`` refuses such prompts.
 
     Args:
         model: the large base model, folder or hub name.
@@ -102,11 +103,21 @@ class ProxyLLM(LLM):
 
         self.member_prompts = MemberPrompts(self.llm_engine.vllm_config)
 
+    def _preprocess_cmpl(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        # `_preprocess_cmpl_one` takes them apart first; what comes here directly would lose them.
+        if any(_is_own(prompt) for prompt in prompts):
+            raise UserError(
+                "a prompt for each model is for generate and chat: beam_search and the like read"
+                " one prompt; use generate, with n answers for several"
+            )
+        return super()._preprocess_cmpl(prompts, *args, **kwargs)
+
     def _preprocess_cmpl_one(
         self, prompt: Any, tokenization_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> Any:
         own = None
-        if isinstance(prompt, dict) and not prompt.keys().isdisjoint(ROLES):
+        if _is_own(prompt):
+            check_tokenization(tokenization_kwargs)
             special = (tokenization_kwargs or {}).get("add_special_tokens", True)
             own = self.member_prompts.of_prompt(prompt, special)
             prompt = prompt["base"]
@@ -117,12 +128,15 @@ class ProxyLLM(LLM):
     def _preprocess_chat_one(self, conversation: Any, **kwargs: Any) -> Any:
         own = None
         if self.member_prompts.has_templates:
+            check_tokenization(kwargs.get("tokenization_kwargs"))
             own = self.member_prompts.of_chat(
                 conversation,
-                add_generation_prompt=kwargs.get("add_generation_prompt", True),
-                continue_final_message=kwargs.get("continue_final_message", False),
+                {
+                    **(kwargs.get("chat_template_kwargs") or {}),
+                    "add_generation_prompt": kwargs.get("add_generation_prompt", True),
+                    "continue_final_message": kwargs.get("continue_final_message", False),
+                },
                 tools=kwargs.get("tools"),
-                **(kwargs.get("chat_template_kwargs") or {}),
             )
         return _carry(super()._preprocess_chat_one(conversation, **kwargs), own)
 
@@ -131,6 +145,11 @@ class ProxyLLM(LLM):
         own = prompt.pop(INPUT_KEY, None) if isinstance(prompt, dict) else None
         params = self.member_prompts.admit(params, own)
         return super()._add_request(prompt, params, *args, **kwargs)
+
+
+def _is_own(prompt: Any) -> bool:
+    """Whether a prompt is one for each model, by role."""
+    return isinstance(prompt, dict) and not prompt.keys().isdisjoint(ROLES)
 
 
 def _carry(engine_input: Any, own: dict[str, list[int]] | None) -> Any:

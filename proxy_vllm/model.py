@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_pp_group
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.models.interfaces import SupportsPP, supports_pp
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
@@ -74,6 +75,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         self.member_weight_bytes = {role: weight_bytes(getattr(self, role)) for role in ROLES}
         self.weights_loaded = False
         self.fused_heads: FusedHeads | None = None
+        # Ids of members with fewer tokens than the base, made in the first, largest run.
+        self._ids: dict[str, torch.Tensor] = {}
         # Hidden size of each member, known when it has run once (some project after their norm).
         self._widths: tuple[int, ...] = ()
 
@@ -121,12 +124,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
                         if name.startswith(f"{role}.")
                     }
                 )
-            ids = input_ids
-            if ids is not None and self.vocab_sizes[role] < self.vocab_size:
-                # A token that a member's vocabulary lacks reads as its token 0; looked up, it
-                # would lie outside the embedding table.
-                ids = torch.where(ids < self.vocab_sizes[role], ids, 0)
-            outputs.append(member(ids, positions, intermediate_tensors=stage))
+            ids = None if input_ids is None else self._known_ids(role, input_ids)
+            outputs.append(_outlive(role, member(ids, positions, intermediate_tensors=stage)))
         if not get_pp_group().is_last_rank:
             return IntermediateTensors(
                 {
@@ -152,15 +151,30 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             # KV-cache writes take their slots from here, by layer.
             slot_mapping.update(dict.fromkeys(own.layers, own.slots))
             if self.vocab_sizes[role] < self.vocab_size:
-                # As in `forward`; in place, since graphs read this very buffer.
+                # As in `_known_ids`; in place, since graphs read this very buffer.
                 own.input_ids.masked_fill_(own.input_ids >= self.vocab_sizes[role], 0)
-            hidden = getattr(self, role)(own.input_ids, own.positions)
+            hidden = _outlive(role, getattr(self, role)(own.input_ids, own.positions))
             if own.rows is not None:
                 packed = hidden
                 hidden = torch.zeros_like(packed)
                 hidden[own.rows] = packed[: own.rows.shape[0]]
             outputs.append(hidden)
         return outputs
+
+    def _known_ids(self, role: str, ids: torch.Tensor) -> torch.Tensor:  # [T] -> [T]
+        """Token ids as a member reads them: one that its vocabulary lacks is its token 0.
+
+        Looked up, such a token would lie outside the embedding table. The result has one address
+        for every step, as piecewise CUDA graphs want of their inputs.
+        """
+        size = self.vocab_sizes[role]
+        if size >= self.vocab_size:
+            return ids
+        buffer = self._ids.get(role)
+        if buffer is None or len(buffer) < len(ids):
+            most = self.vllm_config.scheduler_config.max_num_batched_tokens
+            buffer = self._ids[role] = ids.new_zeros(max(most, len(ids)))
+        return buffer[: len(ids)].copy_(ids).masked_fill_(ids >= size, 0)
 
     def _pack(self, hidden: list[torch.Tensor], alpha: torch.Tensor | None) -> torch.Tensor:
         if alpha is None:
@@ -252,3 +266,23 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         from proxy_vllm.model_state import ProxyModelState
 
         return ProxyModelState
+
+
+def _outlive(
+    role: str, output: torch.Tensor | IntermediateTensors
+) -> torch.Tensor | IntermediateTensors:
+    """A member's output, safe from the members that run after it.
+
+    Piecewise CUDA graphs share one memory pool, and vLLM hands the output of a model's last graph
+    back to it: nothing else runs before that output is read. Here other members' graphs do, and
+    would write over it.
+    """
+    if (
+        role == ROLES[-1]
+        or not is_forward_context_available()
+        or get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE
+    ):
+        return output
+    if isinstance(output, IntermediateTensors):
+        return IntermediateTensors({name: tensor.clone() for name, tensor in output.items()})
+    return output.clone()

@@ -144,22 +144,23 @@ class PeakMemory(threading.Thread):
 
 def compare_with_loop(
     trio,  # reference_loop.Trio
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | dict[str, Sequence[int]]],
     generated: Sequence[Sequence[int]],
     dtype: str,
     alphas: Sequence[float],
 ) -> dict:
     """Hold greedy output against the Transformers models, each token after the engine's own prefix.
 
-    Returns counts, and `gap`: the largest distance of a chosen token's logit from the row's
-    largest, as a share of the row's standard deviation. `passed` says whether rounding explains it.
+    A prompt may be one for each role. Returns counts, and `gap`: the largest distance of a chosen
+    token's logit from the row's largest, as a share of the row's standard deviation. `passed` says
+    whether rounding explains it.
     """
-    from reference_loop import prompt_logits
+    from reference_loop import answer_logits
 
     exact = total = 0
     worst = 0.0
     for prompt, tokens, alpha in zip(prompts, generated, alphas, strict=True):
-        rows = prompt_logits(trio, [*prompt, *tokens[:-1]], alpha)[len(prompt) - 1 :]
+        rows = answer_logits(trio, prompt, tokens, alpha)
         for row, token in zip(rows, tokens, strict=True):
             exact += int(row.argmax()) == token
             total += 1

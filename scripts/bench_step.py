@@ -163,18 +163,20 @@ def child(args: argparse.Namespace) -> None:
     Path(job["result"]).write_text(json.dumps(result))
 
 
-def run_child(what: str, models: list[str], args: argparse.Namespace) -> dict:
+def run_child(
+    what: str, models: list[str], args: argparse.Namespace, script: str = __file__
+) -> dict:
     """`check` or `measure` in a process of its own, which takes the GPU's memory with it."""
     with tempfile.TemporaryDirectory() as folder:
         job = {"what": what, "models": models, "result": f"{folder}/result.json"}
         with open(f"{folder}/log", "w+") as log:
             done = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--child", json.dumps(job)],
+                [sys.executable, script, *sys.argv[1:], "--child", json.dumps(job)],
                 stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **args.environment},
             )  # fmt: skip
             if done.returncode:
                 log.seek(0)
-                sys.exit(f"bench_step.py: error: {what} failed:\n{log.read()[-4000:]}")
+                sys.exit(f"{Path(script).name}: error: {what} failed:\n{log.read()[-4000:]}")
         return json.loads(Path(job["result"]).read_text())
 
 

@@ -112,6 +112,18 @@ def prompt_logits(trio: Trio, ids: Prompt, alpha: float = 1.0) -> torch.Tensor: 
 
 
 @torch.inference_mode()
+def answer_logits(
+    trio: Trio, prompt: Prompt | dict[str, Prompt], tokens: Prompt, alpha: float = 1.0
+) -> torch.Tensor:  # [len(tokens), V]
+    """Combined logits from which each token of an answer was to be chosen after those before it."""
+    logits = []
+    for model, ids in zip(trio.models(), prompts_of(prompt)):
+        whole = torch.tensor([[*ids, *tokens[:-1]]])
+        logits.append(model(own_ids(model, whole)).logits[0, len(ids) - 1 :])
+    return combine(*logits, alpha)
+
+
+@torch.inference_mode()
 def greedy_batch(
     trio: Trio, prompts: Sequence[Prompt], max_tokens: int, alpha: float = 1.0
 ) -> list[list[int]]:

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# The runner of this process: "v1", or "v2" under Triton's interpreter.
+import torch
+
+# The runner that this process asks for on a CPU: "v1", or "v2" under Triton's interpreter.
 RUNNER = os.environ.get("PROXY_VLLM_CPU_RUNNER", "v1")
+# Whether engines here run on Model Runner V2, as they always do on a GPU.
+V2 = RUNNER == "v2" or torch.cuda.is_available()
 
 SMALL = {
     "dtype": "float32",
@@ -17,6 +21,16 @@ SMALL = {
     "max_num_seqs": 8,
     "max_num_batched_tokens": 64,
     "block_size": 32,
+}
+if torch.cuda.is_available():
+    # Engines come and go in one process, and what one leaves behind must not stop the next.
+    SMALL["gpu_memory_utilization"] = 0.3
+
+# On a GPU: compiled members under CUDA graphs, decodes whole and prefills in pieces. Steps of 65
+# tokens and more run without graphs.
+GRAPHS = {
+    "enforce_eager": False,
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]},
 }
 
 
@@ -35,6 +49,30 @@ def running(engine_cls: Any = None, **kwargs: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def counted_graphs() -> Iterator[dict[str, int]]:
+    """How often whole and piecewise graphs are replayed meanwhile, in engines of this process."""
+    from unittest.mock import patch
+
+    from vllm.v1.worker.gpu import cudagraph_utils as graphs
+
+    counts = {"whole": 0, "piecewise": 0}
+
+    def counted(name: str, method: Any) -> Any:
+        def run(*args: Any) -> Any:
+            counts[name] += 1
+            return method(*args)
+
+        return run
+
+    whole, pieces = graphs.ModelCudaGraphManager, graphs.CudaGraphManager
+    with (
+        patch.object(whole, "run_fullgraph", counted("whole", whole.run_fullgraph)),
+        patch.object(pieces, "run_pw_graph", counted("piecewise", pieces.run_pw_graph)),
+    ):
+        yield counts
 
 
 def greedy_params(max_tokens: int = 16, **kwargs: Any) -> Any:

@@ -96,7 +96,7 @@ class RequestPool:
                 llm.enqueue_chat([request.messages], [request.params], use_tqdm=False)
             else:
                 prompt: Any = request.prompt
-                if not isinstance(prompt, str):
+                if isinstance(prompt, list):
                     prompt = {"prompt_token_ids": prompt}
                 llm.enqueue([prompt], [request.params], use_tqdm=False)
         except BaseException:

@@ -50,8 +50,9 @@ def start_engine(llm_arguments: dict[str, Any]) -> Any:
 class ProxyGenerator:
     """One engine in each actor, answering rows that have the fields of `proxy-vllm generate`.
 
-    A row needs ``prompt`` (text or token ids) or ``messages``, and may have ``proxy_alpha`` and any
-    field of ``vllm.SamplingParams``; null counts as absent, and other columns pass through. The
+    A row needs ``prompt`` (text, token ids, or a struct of them with ``base``, ``expert`` and
+    ``antiexpert``) or ``messages``, and may have ``proxy_alpha`` and any field of
+    ``vllm.SamplingParams``; null counts as absent, and other columns pass through. The
     columns ``text``, ``finish_reason``, ``prompt_tokens``, ``completion_tokens``, ``proxy_alpha``
     and ``error`` are added: a row that cannot be answered has its reason in ``error`` and nulls in
     the others, and harms no other row. ``n`` above 1 gives ``outputs`` in the place of ``text``.

@@ -8,7 +8,7 @@ import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from proxy_vllm.config import ALPHA_KEY, ProxyConfig
+from proxy_vllm.config import ALPHA_KEY, ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,10 +118,14 @@ def _has_plain_numbers(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Request:
-    """One line, checked: ``prompt`` is text or token ids, or None where ``messages`` are given."""
+    """One line, checked.
+
+    ``prompt`` is text or token ids, or either for each model under ``base``, ``expert`` and
+    ``antiexpert``; None where ``messages`` are given.
+    """
 
     id: str | int
-    prompt: str | list[int] | None
+    prompt: str | list[int] | dict[str, str | list[int]] | None
     messages: list[Any] | None
     params: "SamplingParams"
     alpha: float
@@ -152,8 +156,10 @@ def parse_request(
     if ("prompt" in given) == ("messages" in given):
         raise UserError("prompt or messages: one of them is needed, and not both")
     prompt, messages = given.get("prompt"), given.get("messages")
-    if prompt is not None:
-        _check_prompt(prompt)
+    if isinstance(prompt, dict):
+        prompt = _own_prompts(prompt)
+    elif prompt is not None:
+        _check_prompt("prompt", prompt)
     else:
         _check_messages(messages)
     fields = {
@@ -180,16 +186,32 @@ def sampling_params(fields: dict[str, Any]) -> "SamplingParams":
         raise UserError(one_line(error)) from None
 
 
-def _check_prompt(prompt: Any) -> None:
+def _check_prompt(name: str, prompt: Any) -> None:
     if isinstance(prompt, str) and prompt:
         return
     if not isinstance(prompt, list) or not prompt:
         raise UserError(
-            f"prompt is {_shown(prompt)}: it must be a string or a list of token ids, not empty"
+            f"{name} is {_shown(prompt)}: it must be a string or a list of token ids, not empty"
         )
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, int):
-            raise UserError(f"prompt holds {_shown(token)}: token ids are integers")
+            raise UserError(f"{name} holds {_shown(token)}: token ids are integers")
+
+
+def _own_prompts(prompt: dict[str, Any]) -> dict[str, str | list[int]]:
+    """A prompt for each model, without those that are null."""
+    for role, own in prompt.items():
+        if role not in ROLES:
+            raise UserError(
+                f"prompt.{role} is not a known field: a prompt for each model has"
+                f" {', '.join(ROLES)}"
+            )
+        if own is not None:
+            _check_prompt(f"prompt.{role}", own)
+    own_prompts = {role: own for role, own in prompt.items() if own is not None}
+    if "base" not in own_prompts:
+        raise UserError("prompt.base is needed: a model without a prompt reads the base's")
+    return own_prompts
 
 
 def _check_messages(messages: Any) -> None:

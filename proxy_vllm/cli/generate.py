@@ -44,8 +44,9 @@ class GenerateSubcommand(CLISubcommand):
         parser = subparsers.add_parser(
             self.name,
             help="Answer files of prompts.",
-            description="Answer a JSONL file, one object a line: prompt (text or token ids) or"
-            " messages; optionally id, proxy_alpha and any field of vllm.SamplingParams.\n"
+            description="Answer a JSONL file, one object a line: prompt (text or token ids, or"
+            " with --own-prompts an object of them for base, expert and antiexpert) or messages;"
+            " optionally id, proxy_alpha and any field of vllm.SamplingParams.\n"
             "Answers come as JSONL in the order of the lines. --seed also seeds the lines that"
             " name no seed.",
             usage="proxy-vllm generate BASE --expert E --antiexpert A -i prompts.jsonl"

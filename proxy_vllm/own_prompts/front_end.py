@@ -1,6 +1,7 @@
 """Front end of own prompts: text and messages to token ids of each member, checked on the way."""
 
 import copy
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ class MemberPrompts:
 
         Args:
             value: text, token ids, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``.
+            add_special_tokens: to text, such as the beginning of text.
 
         Raises:
             UserError: a prompt that the member cannot read, or that leaves no room for an answer.
@@ -62,8 +64,20 @@ class MemberPrompts:
         if isinstance(value, dict):
             value = value.get("prompt_token_ids", value.get("prompt"))
         if isinstance(value, str):
-            value = self.tokenizer(role).encode(value, add_special_tokens=add_special_tokens)
+            try:
+                value = self.tokenizer(role).encode(value, add_special_tokens=add_special_tokens)
+            except (TypeError, ValueError) as error:  # half of a surrogate pair
+                raise UserError(f"the {role}'s prompt is no text that can be encoded") from error
         ids = check_ids(f"the {role}'s prompt", value)
+        self.check(role, ids)
+        return ids
+
+    def check(self, role: str, ids: Sequence[int]) -> None:
+        """Refuse token ids that the member does not have, and prompts without room for an answer.
+
+        Raises:
+            UserError: naming the member.
+        """
         vocab_size = self.configs[role].get_vocab_size()
         if max(ids) >= vocab_size:
             raise UserError(
@@ -76,7 +90,6 @@ class MemberPrompts:
                 f"the {role}'s prompt has {len(ids)} tokens, and prompt and answer together may"
                 f" have {limit}: shorten the prompt, or raise --max-model-len"
             )
-        return ids
 
     def of_prompt(self, prompt: Any, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """Ids of the small members' prompts in ``{"base": …, "expert": …, "antiexpert": …}``."""
@@ -94,39 +107,71 @@ class MemberPrompts:
     def has_templates(self) -> bool:
         return any(self.proxy.chat_template_of(role) is not None for role in PROMPT_KEYS)
 
-    def of_chat(self, messages: list[Any], **options: Any) -> dict[str, list[int]]:
+    def of_chat(
+        self,
+        messages: list[Any],
+        template_kwargs: dict[str, Any],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_special_tokens: bool = False,
+    ) -> dict[str, list[int]]:
         """Ids of the prompts of those small members that have a chat template of their own.
 
         Args:
             messages: a conversation in OpenAI's form, of text.
-            options: of ``apply_chat_template``: ``add_generation_prompt``, ``tools``, …
+            template_kwargs: what the templates are told: ``add_generation_prompt``, …
+            tools: in OpenAI's form.
+            add_special_tokens: beside those that a template writes itself.
+
+        Raises:
+            UserError: a message that is no text, or a template that refuses the conversation.
         """
-        texts = [_text_message(message) for message in messages]
+        from vllm.renderers.chat_utils import has_non_text_content, parse_chat_messages
+        from vllm.renderers.hf import safe_apply_chat_template
+
+        if has_non_text_content(messages):
+            raise UserError("own chat templates read text only, and a message holds something else")
         prompts = {}
         for role, key in PROMPT_KEYS.items():
             template = self.proxy.chat_template_of(role)
             if template is None:
                 continue
+            config, tokenizer = self.configs[role], self.tokenizer(role)
             try:
-                text = self.tokenizer(role).apply_chat_template(
-                    texts,
+                # A copy: vLLM parses the arguments of tool calls in place.
+                conversation, _, _ = parse_chat_messages(
+                    copy.deepcopy(messages), config, content_format="string"
+                )
+                text = safe_apply_chat_template(
+                    config,
+                    tokenizer,
+                    conversation,
+                    tools=tools,
                     chat_template=None if template == AUTO else template,
                     tokenize=False,
-                    **options,
+                    **template_kwargs,
                 )
             except Exception as error:
                 reason = " ".join(str(error).split())
                 raise UserError(f"the {role}'s chat template fails: {reason}") from error
-            # The template writes the beginning of text itself.
-            prompts[key] = self.ids(role, text, add_special_tokens=False)
+            prompts[key] = self.ids(role, text, add_special_tokens)
         return prompts
 
-    def admit(self, params: Any, prompts: dict[str, list[int]] | None = None) -> Any:
+    def admit(
+        self,
+        params: Any,
+        prompts: dict[str, list[int]] | None = None,
+        add_special_tokens: bool = True,
+    ) -> Any:
         """Parameters with checked prompts of token ids, copied if they had to change.
 
         Args:
             params: of the request; ``extra_args`` may name prompts.
             prompts: what its prompt or its messages gave; what ``extra_args`` names comes first.
+            add_special_tokens: to what ``extra_args`` names as text.
+
+        Raises:
+            UserError: an engine that cannot run them, or a request that must not have them.
         """
         extra_args = getattr(params, "extra_args", None) or {}
         if RESOLVED_KEY in extra_args:
@@ -139,21 +184,7 @@ class MemberPrompts:
         named = {**(prompts or {}), **extra_args}
         for role, key in PROMPT_KEYS.items():
             if named.get(key) is not None:
-                named[key] = self.ids(role, named[key])
+                named[key] = self.ids(role, named[key], add_special_tokens)
         params = copy.copy(params)
         params.extra_args = named
         return params
-
-
-def _text_message(message: Any) -> Any:
-    """A message whose content is one text, as most templates expect."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
-        return message
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str):
-            raise UserError("own chat templates read text only, and a message holds something else")
-        texts.append(text)
-    return {**message, "content": "\n".join(texts)}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import round_up
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -54,7 +55,7 @@ class Step:
     members: tuple[MemberInputs, ...]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs"])  # else it compiles anew while requests wait
 def _shift_kernel(
     pads_ptr,  # [3, max_num_reqs] int32, by request slot
     pads_stride,
@@ -124,7 +125,8 @@ class OwnPromptState:
         self.prompts: dict[str, OwnPrompts] = {}
 
         def buffer(size: int, dtype: torch.dtype, fill: int = 0) -> torch.Tensor:
-            return torch.full((len(ROLES), size), fill, dtype=dtype, device=device)
+            # Compiled code takes its inputs to be aligned, so every model's row must be.
+            return torch.full((len(ROLES), round_up(size, 16)), fill, dtype=dtype, device=device)
 
         self.input_ids = buffer(max_num_tokens, torch.int32)
         self.positions = buffer(max_num_tokens, torch.int64)

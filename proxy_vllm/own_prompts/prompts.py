@@ -106,6 +106,15 @@ def check_parameters(params: Any) -> None:
             )
 
 
+def check_tokenization(options: Any) -> None:
+    """Refuse what would cut the base's prompt and none of the others."""
+    if (options or {}).get("truncate_prompt_tokens") is not None:
+        raise UserError(
+            "truncate_prompt_tokens would cut the base's prompt and none of the others: shorten the"
+            " prompts, or give all models one prompt"
+        )
+
+
 def obstacle(vllm_config: "VllmConfig") -> str | None:
     """Why an engine cannot run own prompts, with the way out; None if it can."""
     from vllm import envs

@@ -25,6 +25,7 @@ from vllm.v1.request import Request
 
 from proxy_vllm.config import ROLES
 from proxy_vllm.errors import UserError
+from proxy_vllm.own_prompts.front_end import MemberPrompts
 from proxy_vllm.own_prompts.prompts import (
     PROMPT_KEYS,
     RESOLVED_KEY,
@@ -43,6 +44,9 @@ class ProxyScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.own_prompts_obstacle = obstacle(self.vllm_config)
+        self.member_prompts = MemberPrompts(self.vllm_config)
+        if self.own_prompts_obstacle is None:
+            _ = self.member_prompts.configs  # read now, and not while requests run
         # Base's padding of each request with own prompts that has not been scheduled yet.
         self._base_pads: dict[str, int] = {}
         self._refused: set[str] = set()
@@ -77,9 +81,9 @@ class ProxyScheduler(Scheduler):
         if self.own_prompts_obstacle:
             raise UserError(f"own prompts: {self.own_prompts_obstacle}")
         check_parameters(params)
-        if own.length >= self.max_model_len:
-            role = ROLES[own.pads.index(0)]
-            raise UserError(f"the {role}'s prompt has {own.length} tokens: too long")
+        for role, key in PROMPT_KEYS.items():
+            if named[key] is not None:
+                self.member_prompts.check(role, own.of_role(role))
         extra_args[RESOLVED_KEY] = own.to_worker()
 
         padded = own.padded_base()

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RUNNER, SMALL, greedy_params, prompt_ids, running
+from engines import GRAPHS, SMALL, V2, counted_graphs, greedy_params, prompt_ids, running
 from reference_loop import Trio, greedy
 from vllm import SamplingParams
+from vllm.sampling_params import BeamSearchParams
 
 from proxy_vllm import ProxyLLM
 from proxy_vllm.errors import UserError
@@ -18,7 +19,11 @@ from proxy_vllm.errors import UserError
 BLOCK = SMALL["block_size"]
 KEYS = {"expert": "proxy_expert_prompt", "antiexpert": "proxy_antiexpert_prompt"}
 
-v2 = pytest.mark.skipif(RUNNER != "v2", reason="own prompts need Model Runner V2")
+v2 = pytest.mark.skipif(not V2, reason="own prompts need Model Runner V2")
+# What differs between a CPU and a GPU is asked of both: the second runs under CUDA graphs.
+modes = pytest.mark.parametrize(
+    "mode", [pytest.param({}, id="eager"), pytest.param(GRAPHS, id="graphs", marks=pytest.mark.gpu)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,31 +84,34 @@ LENGTHS = [
 
 
 @v2
+@modes
 @pytest.mark.parametrize("budget, sequences", [(96, 8), (32, 4), (8, 2)])
-def test_every_mix_of_lengths(trio, reference, budget, sequences):
+def test_every_mix_of_lengths(trio, reference, budget, sequences, mode):
     """Chunks larger and smaller than the differences; the second round reuses cached blocks."""
     alphas = [1.0, 0.5, -1.0, 0.0, 2.0]
-    with running(
-        **trio, own_prompts=True, max_num_batched_tokens=budget, max_num_seqs=sequences
-    ) as llm:
+    settings = {"max_num_batched_tokens": budget, "max_num_seqs": sequences, **mode}
+    with running(**trio, own_prompts=True, **settings) as llm, counted_graphs() as graphs:
         for i in range(0, len(LENGTHS), 7):
             prompts = [prompts_of(n, seed=100 + i + j) for j, n in enumerate(LENGTHS[i : i + 7])]
             prompts.insert(3, prompts_of((45, None, None), seed=200 + i))
             mixed = [alphas[(i + j) % 5] for j in range(len(prompts))]
             check(llm, reference, prompts, mixed)
             check(llm, reference, prompts, mixed[::-1])
+    # Most steps decode; a prompt is read in a few, or in one for each token of its budget.
+    assert (graphs["whole"] > 12 and graphs["piecewise"] > 4) == bool(mode)
 
 
 @v2
-def test_without_prefix_caching(trio, reference):
+@modes
+def test_without_prefix_caching(trio, reference, mode):
     prompts = [prompts_of(n, seed=300 + i) for i, n in enumerate(LENGTHS[4:9])]
-    with running(
-        **trio, own_prompts=True, enable_prefix_caching=False, max_num_batched_tokens=40
-    ) as llm:
+    settings = {"enable_prefix_caching": False, "max_num_batched_tokens": 40, **mode}
+    with running(**trio, own_prompts=True, **settings) as llm:
         check(llm, reference, [*prompts, *prompts], max_tokens=8)
 
 
 @v2
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="one GPU")
 def test_tensor_parallel(trio, reference, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     prompts = [prompts_of(n, seed=350 + i) for i, n in enumerate(LENGTHS[3:9])]
@@ -114,7 +122,8 @@ def test_tensor_parallel(trio, reference, monkeypatch):
 
 
 @v2
-def test_random_lengths_arriving_while_others_run(trio, reference):
+@modes
+def test_random_lengths_arriving_while_others_run(trio, reference, mode):
     """Requests join in the middle of others, so prompts of one meet decodes of another."""
     rng = random.Random(7)
 
@@ -126,7 +135,8 @@ def test_random_lengths_arriving_while_others_run(trio, reference):
     alphas = [rng.choice([1.0, 0.5, -1.0, 0.0]) for _ in prompts]
     lengths = [rng.randint(2, 40) for _ in prompts]
     tokens: dict[str, list[int]] = {}
-    with running(**trio, own_prompts=True, max_num_batched_tokens=48, max_num_seqs=4) as llm:
+    settings = {"max_num_batched_tokens": 48, "max_num_seqs": 4, **mode}
+    with running(**trio, own_prompts=True, **settings) as llm:
         engine, waiting = llm.llm_engine, list(range(len(prompts)))
         while waiting or engine.has_unfinished_requests():
             if waiting and rng.random() < 0.4:
@@ -140,7 +150,8 @@ def test_random_lengths_arriving_while_others_run(trio, reference):
 
 
 @v2
-def test_preemption(trio, reference):
+@modes
+def test_preemption(trio, reference, mode):
     """Requests that outgrow the cache are preempted, and rebuild all three caches."""
     lengths = [(30, 45, None), (35, 20, None), (28, None, 60), (31, 2, 33), (20, None, None)]
     prompts = [prompts_of(n, seed=400 + i) for i, n in enumerate(lengths)]
@@ -150,6 +161,7 @@ def test_preemption(trio, reference):
         num_gpu_blocks_override=12,
         disable_log_stats=False,
         max_num_batched_tokens=32,
+        **mode,
     ) as llm:
         check(llm, reference, prompts, [1.0, 0.5, -1.0, 2.0, 1.0], max_tokens=60)
         preempted = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
@@ -334,11 +346,29 @@ def test_refusals_name_the_culprit_and_harm_nobody(cached, reference, prompt, fi
 
 
 @v2
+def test_what_would_lose_own_prompts_refuses_them(cached, reference):
+    """Beam search makes requests of its own, and a cut would be the base's alone."""
+    own = prompts_of((20, 40, None), seed=585)
+    with pytest.raises(UserError, match="use generate"):
+        cached.beam_search([own["base"], own], BeamSearchParams(beam_width=2, max_tokens=2))
+    cut = {"truncate_prompt_tokens": 8}
+    with pytest.raises(UserError, match="truncate_prompt_tokens"):
+        cached.generate(own, greedy_params(2), tokenization_kwargs=cut, use_tqdm=False)
+    assert not cached.llm_engine.has_unfinished_requests()
+    # What the refusal names works, and beams of one prompt for all go on working.
+    check(cached, reference, [own], max_tokens=4)
+    params = BeamSearchParams(beam_width=1, max_tokens=4, ignore_eos=True)
+    (beams,) = cached.beam_search([{"prompt_token_ids": own["base"]}], params)
+    want, _ = greedy(reference, own["base"], 4, 1.0)
+    assert beams.sequences[0].tokens[len(own["base"]) :] == want
+
+
+@v2
 def test_what_comes_past_admission_ends_with_an_error(cached, reference):
     """A request added to the engine itself, with prompts that nobody checked."""
     good = prompts_of((20, 40, None), seed=590)
     engine = cached.llm_engine
-    for i, bad in enumerate(("text", [5] * 400, [], [1.5], {"a": 1})):
+    for i, bad in enumerate(("text", [5] * 400, [], [1.5], [5, 111], {"a": 1})):
         params = greedy_params(8, proxy_alpha=1.0)
         params.extra_args["proxy_expert_prompt"] = bad
         engine.add_request(f"bad{i}", {"prompt_token_ids": good["base"]}, params)
@@ -350,11 +380,11 @@ def test_what_comes_past_admission_ends_with_an_error(cached, reference):
             if output.finished:
                 ended[output.request_id] = output.outputs[0]
     assert list(ended.pop("good").token_ids) == greedy(reference, good, 8, 1.0)[0]
-    assert len(ended) == 5
+    assert len(ended) == 6
     assert {(o.finish_reason, tuple(o.token_ids)) for o in ended.values()} == {("error", ())}
 
 
-@pytest.mark.skipif(RUNNER == "v2", reason="the V1 runner's refusal")
+@pytest.mark.skipif(V2, reason="the V1 runner's refusal")
 def test_the_v1_runner_refuses_and_names_the_way_out(trio):
     with running(**trio) as llm:
         for prompt, extra in (

@@ -27,9 +27,12 @@ def free_port() -> int:
 
 
 class Server:
-    """One server process; its log is shown when it does not come up."""
+    """One server process; its log is shown when it does not come up.
 
-    def __init__(self, trio: dict[str, str], log_path) -> None:
+    ``options`` come last, and so before the ones that are here.
+    """
+
+    def __init__(self, trio: dict[str, str], log_path, *options: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = log_path
@@ -39,6 +42,7 @@ class Server:
             *("--host", "127.0.0.1", "--port", str(self.port), "--api-key", KEY),
             *("--served-model-name", "steered", "--dtype", "float32", "--enforce-eager"),
             *("--max-model-len", "512", "--kv-cache-memory-bytes", str(64 << 20)),
+            *options,
         ]
         with open(log_path, "w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)

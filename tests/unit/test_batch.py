@@ -142,6 +142,12 @@ def test_a_failing_source_fails_the_run():
         ({"prompt": 5}, "prompt is 5"),
         ({"prompt": [5, "6"]}, "prompt holds '6'"),
         ({"prompt": [5, True]}, "prompt holds True"),
+        ({"prompt": {}}, "prompt.base is needed"),
+        ({"prompt": {"base": None, "expert": "x"}}, "prompt.base is needed"),
+        ({"prompt": {"base": "x", "exprt": "y"}}, "prompt.exprt is not a known field"),
+        ({"prompt": {"base": "x", "expert": ""}}, "prompt.expert is ''"),
+        ({"prompt": {"base": {"base": "x"}}}, "prompt.base is {'base': 'x'}"),
+        ({"prompt": {"base": "x", "antiexpert": [5, 1.5]}}, "prompt.antiexpert holds 1.5"),
         ({"messages": []}, r"messages is \[\]"),
         ({"messages": ["hi"]}, "messages holds 'hi'"),
         ({"prompt": "x", "max_tokns": 5}, "max_tokns is not a known field"),
@@ -193,6 +199,13 @@ def test_fields_reach_the_sampling_parameters():
     assert (params.top_p, params.temperature, params.stop) == (0.5, 1.0, ["end"])
     assert params.logit_bias == {3: -1.0} and params.structured_outputs.regex == "a+"
     assert params.extra_args == {"proxy_alpha": 0.0, "mine": 1}
+
+
+def test_a_prompt_for_each_model():
+    """Null counts as absent, also where a column of a table has structs."""
+    prompt = {"base": "x", "expert": [5, 6], "antiexpert": None}
+    request = parse_request(1, {"prompt": prompt}, PROXY, {})
+    assert request.prompt == {"base": "x", "expert": [5, 6]}
 
 
 def test_the_servers_alpha_holds_where_a_line_names_none():

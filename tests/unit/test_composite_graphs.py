@@ -1,0 +1,91 @@
+"""What piecewise CUDA graphs do to three models that run as one, played on a CPU.
+
+A graph reads its inputs at the addresses of its capture, and the memory of a model's output goes
+back to the pool that the next model's graphs write to.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import ForwardContext, override_forward_context
+
+import proxy_vllm.model as model
+from proxy_vllm.config import ROLES
+from proxy_vllm.own_prompts.inputs import MemberInputs
+
+TOKENS, WIDTH = 5, 4
+
+
+class Pooled(torch.nn.Module):
+    """A member that writes its output where every member does, and notes where it reads."""
+
+    def __init__(self, pool: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        self.pool, self.scale = pool, scale
+        self.addresses: list[int] = []
+
+    def forward(self, input_ids, positions, intermediate_tensors=None):
+        self.addresses.append(input_ids.data_ptr())
+        self.pool.copy_((self.scale * input_ids[:, None]).expand(-1, WIDTH))
+        return self.pool
+
+
+@pytest.fixture
+def composite(monkeypatch):
+    monkeypatch.setattr(model, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
+    composite = model.ProxyTunedForCausalLM.__new__(model.ProxyTunedForCausalLM)
+    torch.nn.Module.__init__(composite)
+    pool = torch.empty(TOKENS, WIDTH)
+    for role, scale in zip(ROLES, (1.0, 10.0, 100.0), strict=True):
+        setattr(composite, role, Pooled(pool, scale))
+    composite.vocab_size, composite.vocab_sizes = 9, dict(zip(ROLES, (9, 7, 9), strict=True))
+    composite.vllm_config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=TOKENS)
+    )
+    dtype = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32))
+    composite.member_configs = dict.fromkeys(ROLES, dtype)
+    composite.hidden_dtype = torch.float32
+    composite._ids, composite._widths = {}, ()
+    return composite
+
+
+def piecewise():
+    """The forward context of a piecewise graph's replay."""
+    return override_forward_context(
+        ForwardContext(
+            no_compile_layers={},
+            attn_metadata={},
+            slot_mapping={},
+            cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE,
+        )
+    )
+
+
+def hidden_of(composite, packed: torch.Tensor) -> list[list[float]]:
+    return [h[:, 0].tolist() for h in composite.unpack(packed)[0]]
+
+
+def test_outputs_outlive_the_members_that_run_after(composite):
+    ids, positions = torch.tensor([3, 8, 7, 6, 0]), torch.arange(TOKENS)
+    # Tokens 7 and 8 are none of the expert's: it reads its token 0 there.
+    want = [[3, 8, 7, 6, 0], [30, 0, 0, 60, 0], [300, 800, 700, 600, 0]]
+    with piecewise():
+        assert hidden_of(composite, composite(ids, positions, alpha=torch.ones(TOKENS))) == want
+    own = tuple(
+        MemberInputs(ids.clone(), positions, torch.zeros(TOKENS, dtype=torch.int64), [role])
+        for role in ROLES
+    )
+    with piecewise():
+        packed = composite(None, positions, alpha=torch.ones(TOKENS), members=own)
+    assert hidden_of(composite, packed) == want
+
+
+def test_a_member_reads_its_ids_at_one_address(composite):
+    """Fewer tokens are a view of the same buffer; the base reads what it is given."""
+    batches = [torch.tensor(ids) for ids in ([8, 1, 2, 3, 4], [5, 8, 5, 5, 5], [1, 2, 3, 8, 8])]
+    for ids in batches:
+        composite(ids, torch.arange(TOKENS), alpha=torch.ones(TOKENS))
+    assert composite.base.addresses == [ids.data_ptr() for ids in batches]
+    assert len(set(composite.expert.addresses)) == 1
