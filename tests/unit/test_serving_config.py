@@ -153,3 +153,20 @@ def test_bad_options_of_the_ray_serve_application_are_one_line(trio, options, me
     assert "\n" not in refused.value.message
     with pytest.raises(click.ClickException, match="the one argument is options, not model"):
         app({"model": whole})
+
+
+def test_the_documented_ray_serve_file_is_one(parser):
+    pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    from proxy_vllm.serving import ProxyServer
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.S)
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+    assert application.import_path == "proxy_vllm.serving:app"
+    assert [d.name for d in application.deployments] == [ProxyServer.name]
+    # Up to the models, which are not here.
+    options = application.args["options"]
+    args = parser.parse_args(["serve", *shlex.split(options)])
+    assert (args.expert, args.tensor_parallel_size) == ("Qwen/Qwen2.5-7B-Instruct", 4)
