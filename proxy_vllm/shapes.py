@@ -24,6 +24,16 @@ _TIED |= {"gpt_bigcode", "starcoder2"}
 _UNTIED = {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi", "phi3"}
 _UNTIED |= {"gpt_neox", "gptj", "olmo", "olmo2", "granite", "stablelm", "internlm2", "nemotron"}
 
+# Fields that may be absent, and what they are where they are there.
+_OPTIONAL = {
+    "sliding_window": int,
+    "sliding_window_pattern": int,
+    "layer_types": list,
+    "mlp_only_layers": list,
+    "quantization_config": Mapping,
+}
+# More than any model has; a larger count is a typing error that would fill the memory.
+_MOST_LAYERS = 10_000
 
 ConfigSource: TypeAlias = Any
 """A model folder, a config.json, a hub name, a config's dict, or an object with `to_dict()`."""
@@ -189,6 +199,10 @@ def model_shape(source: ConfigSource, name: str | None = None) -> ModelShape:
         config.setdefault("quantization_config", outer.get("quantization_config"))
         notes.append("only the text part is counted")
     kind = str(config.get("model_type", ""))
+    for key, wanted in _OPTIONAL.items():
+        if config.get(key) and not isinstance(config[key], wanted):
+            what = wanted.__name__.lower()
+            raise UserError(f"{name}: config.json has {key} = {config[key]!r}; it is a {what}")
     _refuse_other_attention(name, kind, config)
 
     def need(*keys: str) -> int:
@@ -210,6 +224,11 @@ def model_shape(source: ConfigSource, name: str | None = None) -> ModelShape:
     vocab = need("vocab_size")
     kv_heads = 1 if config.get("multi_query") else maybe("num_key_value_heads") or heads
     head_dim = maybe("head_dim") or hidden // heads
+    if not head_dim or layers > _MOST_LAYERS:
+        raise UserError(
+            f"{name}: config.json has {layers} layers of width {hidden} in {heads} heads;"
+            " no model has that shape"
+        )
     ffn = maybe("intermediate_size", "ffn_dim", "n_inner") or 4 * hidden
 
     known = kind in _TIED | _UNTIED
@@ -244,7 +263,10 @@ def model_shape(source: ConfigSource, name: str | None = None) -> ModelShape:
     elif kind in ("qwen3", "qwen3_moe"):
         vectors += layers * 2 * head_dim
 
-    bits, quant_head, quant_note = _quantisation(config.get("quantization_config"))
+    try:
+        bits, quant_head, quant_note = _quantisation(config.get("quantization_config"))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: quantization_config in config.json is odd ({error})") from None
     if quant_note:
         notes.append(quant_note)
     dtype = config.get("dtype") or config.get("torch_dtype")
@@ -282,7 +304,7 @@ def _refuse_other_attention(name: str, kind: str, config: Mapping[str, Any]) -> 
         other = "state-space layers"
     else:
         allowed = {"full_attention", "sliding_attention", "chunked_attention"}
-        odd = sorted(set(config.get("layer_types") or ()) - allowed)
+        odd = sorted({str(k) for k in config.get("layer_types") or ()} - allowed)
         other = ", ".join(odd)
     if other:
         raise UserError(f"{name}: {kind} has {other}; only plain attention can be planned for")

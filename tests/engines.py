@@ -2,6 +2,7 @@
 
 import gc
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -92,3 +93,10 @@ def prompt_ids(lengths: list[int], vocab: int = 111, seed: int = 0) -> list[list
 
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(4, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listened on a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

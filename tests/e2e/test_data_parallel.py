@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ import urllib.request
 
 import pytest
 import torch
-from engines import prompt_ids
+from engines import free_port, prompt_ids
 from reference_loop import Trio, greedy
 
 pytestmark = pytest.mark.slow
@@ -22,12 +21,6 @@ if os.environ.get("PROXY_VLLM_CPU_RUNNER") == "v2":
     pytest.skip("data parallel lies above the runner: once is enough", allow_module_level=True)
 
 START_SECONDS = 800
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Server:

@@ -211,7 +211,7 @@ def test_bad_rows_and_files_in_a_folder_of_many(cluster, trio, expected, tmp_pat
 def test_what_cannot_be_had_is_one_clear_line(
     cluster, trio, tmp_path, options, message, monkeypatch
 ):
-    from proxy_vllm import ray_job
+    from proxy_vllm.batch import ray_job
 
     if "replicas" in options:  # heads of the tiny models do not divide, and are not the point
         monkeypatch.setattr(ray_job, "_validate_trio", lambda arguments: None)

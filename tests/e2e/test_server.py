@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,17 +12,11 @@ import urllib.request
 import openai
 import pytest
 import torch
-from engines import prompt_ids
+from engines import free_port, prompt_ids
 from reference_loop import Trio, greedy
 
 PROMPT = prompt_ids([9])[0]
 KEY = "sk-test"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Server:

@@ -136,6 +136,29 @@ def test_bad_input_names_the_culprit(trio, tmp_path, monkeypatch):
     assert unwritable in one_line_error(*trio, "--gpu", "h200", "--json", unwritable)
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("num_hidden_layers", 10**30),
+        ("hidden_size", 7),
+        ("vocab_size", "many"),
+        ("layer_types", 1),
+        ("layer_types", [1]),
+        ("sliding_window", "wide"),
+        ("mlp_only_layers", 3),
+        ("quantization_config", "fp8"),
+        ("quantization_config", {"quant_method": "compressed-tensors", "config_groups": 3}),
+    ],
+)
+def test_an_odd_field_of_a_config_is_named(trio, tmp_path, field, value):
+    config = {**BASE, field: value, "num_experts": 4}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    message = one_line_error(*trio, "--gpu", "h200")
+    assert trio[0] in message
+    shown = {"num_hidden_layers": "layers", "hidden_size": "width", "layer_types": "1"}
+    assert shown.get(field, field) in message
+
+
 def test_a_hub_name_that_cannot_be_had_is_one_line(trio, monkeypatch):
     """The hub client is told to stay offline, so nothing is asked of any network."""
     import huggingface_hub.constants

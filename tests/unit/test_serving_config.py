@@ -124,3 +124,49 @@ def test_every_documented_option_is_one_of_the_parser(parser):
         words = shlex.split(line.split("proxy-vllm serve", 1)[1], comments=True)
         members = ["base", "--expert", "e", "--antiexpert", "a"]
         parser.parse_args(["serve", *members, *words[1:]])  # exits for an option it does not know
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("{base} --expert {expert}", "required: --antiexpert"),
+        ("{base} --expert {expert} --antiexpert /nowhere", "antiexpert '/nowhere': no such folder"),
+        ("{trio} --port 3", "--port: set Ray Serve's http_options"),
+        ("{trio} --data-parallel-size 2", "--data-parallel-size: set Ray Serve's num_replicas"),
+        ("{trio} --nonsense 3", "unrecognized arguments: --nonsense 3"),
+        ("{trio} --max-model-len many", "--max-model-len"),
+        ("{trio} --tensor-parallel-size 3", "--tensor-parallel-size 3 does not divide"),
+        ("{trio} 'x", "No closing quotation"),
+    ],
+)
+def test_bad_options_of_the_ray_serve_application_are_one_line(trio, options, message):
+    pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
+    import click
+
+    from proxy_vllm.serving import app
+
+    whole = f"{trio['model']} --expert {trio['expert']} --antiexpert {trio['antiexpert']}"
+    options = options.format(base=trio["model"], expert=trio["expert"], trio=whole)
+    with pytest.raises(click.ClickException) as refused:
+        app({"options": options})
+    assert message in refused.value.message
+    assert "\n" not in refused.value.message
+    with pytest.raises(click.ClickException, match="the one argument is options, not model"):
+        app({"model": whole})
+
+
+def test_the_documented_ray_serve_file_is_one(parser):
+    pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    from proxy_vllm.serving import ProxyServer
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.S)
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+    assert application.import_path == "proxy_vllm.serving:app"
+    assert [d.name for d in application.deployments] == [ProxyServer.name]
+    # Up to the models, which are not here.
+    options = application.args["options"]
+    args = parser.parse_args(["serve", *shlex.split(options)])
+    assert (args.expert, args.tensor_parallel_size) == ("Qwen/Qwen2.5-7B-Instruct", 4)
