@@ -20,7 +20,7 @@ class Case:
     def arguments(self) -> tuple[torch.Tensor, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
 
-    def to(self, device: torch.device) -> "Case":
+    def to(self, device: torch.device | str) -> "Case":
         return Case(*(tensor.to(device) for tensor in self.arguments()))
 
 
@@ -83,5 +83,5 @@ def assert_tokens(tokens: torch.Tensor, case: Case, tolerance: float = 2e-4, **f
     assert not wrong.any(), (wrong.nonzero().flatten(), best[wrong] - reached[wrong])
 
 
-def on(device: torch.device, filters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def on(device: torch.device | str, filters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in filters.items()}

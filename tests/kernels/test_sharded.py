@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import make_case, make_filters
+from kernel_cases import make_case, make_filters, on
 
 from proxy_vllm.kernels import reference
 from proxy_vllm.kernels.combine_sample import proxy_sample
@@ -47,11 +47,12 @@ def ranks(request, tmp_path_factory):
     return world, [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
 
 
-def test_tokens_equal_the_unsharded_ones(ranks):
+def test_tokens_equal_the_unsharded_ones(ranks, device):
     world, reports = ranks
-    case = make_case(**CASE)
+    case = make_case(**CASE).to(device)
     for index, kinds in enumerate(KINDS):
-        want = proxy_sample(*case.arguments(), **make_filters(ROWS, kinds=kinds))
+        filters = on(device, make_filters(ROWS, kinds=kinds))
+        want = proxy_sample(*case.arguments(), **filters).cpu()
         for report in reports:
             assert torch.equal(report["results"][index][0], want), (world, kinds)
 
@@ -95,13 +96,12 @@ def test_realigning_moves_only_the_columns_that_change_rank(ranks):
     assert reports[1]["realign"] == (2, 0)
 
 
-def test_one_rank_needs_no_process_group():
-    case = make_case(**CASE)
+def test_one_rank_needs_no_process_group(device):
+    case = make_case(**CASE).to(device)
     sampler = ShardedSampler(Exchange())
-    tokens = sampler.sample(
-        *case.arguments(), vocab_start=0, vocab_size=VOCAB, **make_filters(ROWS)
-    )
-    assert torch.equal(tokens, proxy_sample(*case.arguments(), **make_filters(ROWS)))
+    filters = on(device, make_filters(ROWS))
+    tokens = sampler.sample(*case.arguments(), vocab_start=0, vocab_size=VOCAB, **filters)
+    assert torch.equal(tokens, proxy_sample(*case.arguments(), **filters))
     whole = realign_columns(case.base, [(0, VOCAB)], [(0, VOCAB)], Exchange())
     assert torch.equal(whole, case.base)
 
