@@ -12,7 +12,7 @@ Triton 3.6 to 3.7 behave so; a release that moves one of these names fails here,
 """
 
 import math
-from functools import lru_cache
+from functools import cache
 
 
 def install() -> None:
@@ -50,7 +50,7 @@ def install() -> None:
             dtypes[scalar.name] = numpy_dtype(scalar)
         return dtypes[scalar.name]
 
-    @lru_cache(maxsize=None)
+    @cache
     def known_shape(sizes: tuple[int, ...]):
         """What a type and a tensor of that shape hold: shape, count; shape, count as constexpr."""
         shape = core.tuple(sizes)
