@@ -16,9 +16,15 @@ if DEVICE == "cpu":
 import proxy_vllm  # noqa: E402, F401  # isort: skip
 import interpreter_speed  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from kernel_cases import make_case, make_filters, on  # noqa: E402
+from kernel_cases import make_case, make_filters, make_heads, on  # noqa: E402
 
-from proxy_vllm.kernels.sharded import Exchange, ShardedSampler, realign_columns  # noqa: E402
+from proxy_vllm.kernels.fused_head import fused_head_sample  # noqa: E402
+from proxy_vllm.kernels.sharded import (  # noqa: E402
+    Exchange,
+    ShardedSampler,
+    merge_ranks,
+    realign_columns,
+)
 
 
 def even(columns: int, padded: int) -> list[tuple[int, int]]:
@@ -70,11 +76,24 @@ def main() -> None:
         vocab_start=start,
         vocab_size=case.base.shape[1],
     )
+    logprob_traffic = exchange.calls, exchange.bytes_sent
+    exchange.calls = exchange.bytes_sent = 0
+    head_tokens = None
+    if all(low < high for low, high in bounds):
+        hidden, weights = make_heads(case.base.shape[0], job["heads"], torch.float32)
+        tokens, scores = fused_head_sample(
+            [h.to(DEVICE) for h in hidden],
+            [w[start:end].to(DEVICE) for w in weights],
+            *case.arguments()[3:],
+            vocab_start=start,
+        )
+        head_tokens = merge_ranks(exchange, scores, tokens).cpu()
     torch.save(
         {
             "results": results,
             "logprobs": [tensor.cpu() for tensor in logprobs],
-            "logprob_traffic": (exchange.calls, exchange.bytes_sent),
+            "logprob_traffic": logprob_traffic,
+            "heads": (head_tokens, exchange.calls, exchange.bytes_sent),
             "realign": (realign_calls, realign_bytes),
         },
         folder / f"rank{rank}.pt",

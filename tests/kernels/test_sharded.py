@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import make_case, make_filters, on
+from kernel_cases import make_case, make_filters, make_heads, on
 
 from proxy_vllm.kernels import reference
 from proxy_vllm.kernels.combine_sample import proxy_sample
-from proxy_vllm.kernels.sharded import Exchange, ShardedSampler, merge_shards, realign_columns
+from proxy_vllm.kernels.fused_head import fused_head_sample
+from proxy_vllm.kernels.sharded import (
+    Exchange,
+    ShardedSampler,
+    changes_rank,
+    merge_shards,
+    realign_columns,
+)
 
 ROWS, VOCAB = 5, 333
 KINDS = ["", "m", "k", "p", "kpm"]
@@ -20,6 +27,7 @@ BOUNDS = {
     "2": [(0, 100), (100, VOCAB)],
     "4": [(0, 150), (150, 151), (151, VOCAB), (VOCAB, VOCAB)],
 }
+HEADS = (VOCAB, VOCAB + 17, VOCAB - 9)
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
 
@@ -28,7 +36,7 @@ def ranks(request, tmp_path_factory):
     """What every rank reports; with 2 ranks the small members start on boundaries of their own."""
     world, realign = request.param
     folder = tmp_path_factory.mktemp(f"ranks{world}")
-    job = {"case": CASE, "bounds": BOUNDS, "kinds": KINDS, "realign": realign}
+    job = {"case": CASE, "bounds": BOUNDS, "kinds": KINDS, "realign": realign, "heads": HEADS}
     torch.save(job, folder / "job.pt")
     processes = [
         subprocess.Popen(
@@ -94,6 +102,28 @@ def test_realigning_moves_only_the_columns_that_change_rank(ranks):
     # Expert 350 and antiexpert 324 columns split at 176; the base at 100: rank 0 sends 76 each.
     assert reports[0]["realign"] == (2, 2 * ROWS * 76 * 4)
     assert reports[1]["realign"] == (2, 0)
+
+
+def test_head_weights_over_ranks(ranks, device):
+    """Each rank reads its rows of the three heads; the kernels refuse a rank without any."""
+    world, reports = ranks
+    if world != 2:
+        assert reports[0]["heads"][0] is None
+        return
+    case = make_case(**CASE).to(device)
+    hidden, weights = ([t.to(device) for t in ts] for ts in make_heads(ROWS, HEADS, torch.float32))
+    want, _ = fused_head_sample(hidden, weights, *case.arguments()[3:])
+    for tokens, calls, sent in (report["heads"] for report in reports):
+        assert torch.equal(tokens, want.cpu())
+        assert (calls, sent) == (1, ROWS * 16)
+
+
+def test_columns_that_change_rank():
+    base = [(0, 64), (64, 111)]
+    assert not changes_rank([(0, 64), (64, 100)], base)  # a shorter vocabulary
+    assert not changes_rank([(0, 64), (64, 128)], base)
+    assert changes_rank([(0, 128), (128, 200)], base)
+    assert changes_rank([(0, 60), (60, 111)], base)
 
 
 def test_one_rank_needs_no_process_group(device):
