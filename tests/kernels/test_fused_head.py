@@ -10,6 +10,7 @@ from proxy_vllm.kernels import reference
 from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.fused_head import fused_head_sample, head_weight, supports
 
+
 def with_logits(case: Case, hidden, weights, caps=(0, 0, 0), scales=(1, 1, 1)) -> Case:
     """The case with the heads' float64 logits in place of its own."""
     logits = [reference.head_logits(*each) for each in zip(hidden, weights, caps, scales)]
