@@ -257,7 +257,9 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
 
     @property
     def packed_width(self) -> int:
-        """Width of ``forward``'s output; known once it has run."""
+        """Width of ``forward``'s output; 0 until it has run."""
+        if not self._widths:
+            return 0
         return sum(self._widths) + torch.float32.itemsize // self.hidden_dtype.itemsize
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

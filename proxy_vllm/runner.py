@@ -1,5 +1,7 @@
 """Model Runner V2 for proxy-tuned models: sampling straight from the three members' logits."""
 
+from dataclasses import replace
+
 import torch
 from vllm.distributed.parallel_state import graph_capture
 from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
@@ -8,7 +10,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from proxy_vllm.sampler import ProxySampler, merge, select_rows
+from proxy_vllm.kernels.combine_sample import batch_kinds
+from proxy_vllm.sampler import ProxySampler, Rows, merge, select_rows
 from proxy_vllm.sampler_graphs import Record, SamplerGraphs, cuda_graph_recorder
 
 
@@ -16,6 +19,27 @@ class ProxyModelRunner(GPUModelRunner):
     """vLLM's runner, with the fused path wherever the sampler covers a row (see sampler.py)."""
 
     sampler_graphs: SamplerGraphs | None = None
+
+    @torch.inference_mode()
+    def warm_up_sampler(self) -> None:
+        """Compile the fused path's kernels before requests come.
+
+        vLLM's warm-up does not reach them: its requests ask for log-probabilities and penalties.
+        """
+        sampler, model = self.sampler, self.model
+        if not isinstance(sampler, ProxySampler) or not sampler.fusable or not model.packed_width:
+            return
+        heads, states = model.sharded_heads, sampler.sampling_states
+        for count in batch_kinds(self.max_num_reqs, heads.width if heads else model.vocab_size):
+            packed = torch.zeros(
+                (count, model.packed_width), dtype=model.hidden_dtype, device=self.device
+            )
+            hidden, _ = model.unpack(packed)
+            index = torch.arange(count, device=self.device)
+            rows = Rows(sampler.alpha.gpu, states.temperature.gpu, states.seeds.gpu, index, index)
+            for names in ((), ("min_p",), ("top_p",), ("top_k", "top_p")):
+                filters = {name: getattr(states, name).gpu for name in names}
+                sampler.sample_hidden(model, hidden, replace(rows, **filters))
 
     def capture_model(self, *, profile_only: bool = False) -> int:
         """vLLM's graphs of the model, then ours of sampling; bytes of device memory taken."""
