@@ -29,7 +29,7 @@ from proxy_vllm.kernels.tiles import (
     winner_kernel,
 )
 
-__all__ = ["SampleLaunch", "choose_tile", "proxy_combine", "proxy_sample"]
+__all__ = ["SampleLaunch", "batch_kinds", "choose_tile", "proxy_combine", "proxy_sample"]
 
 
 def choose_tile(num_rows: int, vocab_size: int) -> int:
@@ -42,6 +42,20 @@ def choose_tile(num_rows: int, vocab_size: int) -> int:
         if num_rows * triton.cdiv(vocab_size, tile) >= 264:
             return tile
     return 1024
+
+
+def few_programs(num_rows: int, num_tiles: int) -> bool:
+    """Whether launches cost more than arithmetic."""
+    return num_rows * num_tiles < 1024
+
+
+def batch_kinds(max_rows: int, num_cols: int) -> list[int]:
+    """The smallest batch of each kind that has compiled kernels of its own."""
+    kinds: dict[tuple[int, bool], int] = {}
+    for rows in range(1, max_rows + 1):
+        tile = choose_tile(rows, num_cols)
+        kinds.setdefault((tile, few_programs(rows, triton.cdiv(num_cols, tile))), rows)
+    return list(kinds.values())
 
 
 def warps_for(tile: int) -> int:
@@ -131,7 +145,7 @@ class SampleLaunch:
     def thresholds(self) -> torch.Tensor:
         """Row states [B, STATE_FIELDS] whose field 0 is the key of the smallest kept logit."""
         _, _, top_k, top_p, _ = self.filters
-        small = self.num_rows * self.num_tiles < 1024
+        small = few_programs(self.num_rows, self.num_tiles)
         state = None
         for stage, parameter in (("count", top_k), ("mass", top_p)):
             if parameter is not None:

@@ -14,7 +14,7 @@ Collectives of one call, each an all_gather (float64 unless said):
 
 | rows may have | calls | bytes a row and rank |
 |---|---|---|
-| temperature only | 1 | 16 |
+| temperature only (fused_head.py too) | 1 | 16 |
 | min-p | 2 | 16 + 8 |
 | top-k or top-p | 2 + 8 | 16 + 8 + 8 * 144 (int64) |
 | top-k and top-p | 2 + 16 | 16 + 8 + 16 * 144 (int64) |
@@ -30,6 +30,8 @@ from proxy_vllm.kernels.combine_sample import SampleLaunch, proxy_combine, warps
 from proxy_vllm.kernels.device import require_triton
 from proxy_vllm.kernels.select import MAX_VOCAB
 from proxy_vllm.kernels.thresholds import Measurement, ThresholdSearch
+
+Range = tuple[int, int]  # first token of a shard, and one past its last
 
 # With 16 pivots 8 rounds tell any two of the 2**32 float32 keys apart: 2**32 / (16 * 17**7) < 1.
 NUM_PIVOTS = 16
@@ -68,6 +70,16 @@ def merge_shards(
     best = scores.max(dim=0).values
     last = torch.iinfo(torch.int64).max
     return torch.where(scores == best, tokens, last).min(dim=0).values
+
+
+def merge_ranks(
+    exchange: Exchange,
+    scores: torch.Tensor,  # [B], of each row's best token in this rank's shard
+    tokens: torch.Tensor,  # [B] int64
+) -> torch.Tensor:  # [B] int64, the same on every rank
+    """The best token of all shards: one collective, 16 bytes a row."""
+    pairs = exchange.gather(torch.stack([scores.double(), tokens.double()], dim=1))
+    return merge_shards(pairs[..., 0], pairs[..., 1].long())
 
 
 def _no_columns(tensor: torch.Tensor) -> torch.Tensor:
@@ -156,8 +168,7 @@ class ShardedSampler:
             if launch.filtered:
                 launch.draw_filtered(self._thresholds(launch, row_max, row_min))
         tokens, scores = launch.winners(row_max, with_scores=True)
-        pairs = self.exchange.gather(torch.stack([scores.double(), tokens.double()], dim=1))
-        return merge_shards(pairs[..., 0], pairs[..., 1].long())
+        return merge_ranks(self.exchange, scores, tokens)
 
     def _extremes(self, launch: SampleLaunch) -> tuple[torch.Tensor, torch.Tensor]:
         """([B, 1], [B, 1]) largest and smallest finite scaled logit of all shards.
@@ -261,16 +272,29 @@ class ShardedSampler:
         return ids, scores.float(), ranks
 
 
+def common(a: Range, b: Range) -> Range:
+    """The tokens of both ranges; empty, but within `a`'s reach, where they have none in common."""
+    low = max(a[0], b[0])
+    return low, max(low, min(a[1], b[1]))
+
+
+def changes_rank(own: list[Range], wanted: list[Range]) -> bool:
+    """Whether a column that one rank wants lies on another, given every rank's ranges."""
+    pairs = [(a, b) for i, a in enumerate(own) for j, b in enumerate(wanted) if i != j]
+    return any(low < high for low, high in (common(*pair) for pair in pairs))
+
+
 def realign_columns(
     shard: torch.Tensor,  # [B, end - start] of own[rank]
-    own: list[tuple[int, int]],
-    wanted: list[tuple[int, int]],
+    own: list[Range],
+    wanted: list[Range],
     exchange: Exchange,
 ) -> torch.Tensor:  # [B, columns of wanted[rank] that exist]
     """Moves a member's columns from its own shard boundaries to the base's.
 
-    `own` and `wanted` hold every rank's (first token, end); only columns that change rank travel,
-    in one all_to_all. Wanted columns that no rank has must be at the end, and are left out.
+    `own` and `wanted` hold every rank's (first token, end). Only columns that change rank travel,
+    in one all_to_all; where none does there is no collective. Wanted columns that no rank has must
+    be at the end, and are left out.
     Raises ValueError where `shard` does not have the columns that `own` says.
     """
     rank, rows = exchange.rank, shard.shape[0]
@@ -278,14 +302,10 @@ def realign_columns(
     if shard.dim() != 2 or shard.shape[1] != end - start:
         raise ValueError(f"shard: expected {end - start} columns, got {list(shard.shape)}")
 
-    def common(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-        low = max(a[0], b[0])
-        return low, max(low, min(a[1], b[1]))
-
     outgoing = [common(own[rank], want) for want in wanted]
     incoming = [common(have, wanted[rank]) for have in own]
     kept = shard[:, outgoing[rank][0] - start : outgoing[rank][1] - start]
-    if exchange.size == 1:
+    if not changes_rank(own, wanted):
         return kept
     sizes_out = [0 if r == rank else rows * (b - a) for r, (a, b) in enumerate(outgoing)]
     sizes_in = [0 if r == rank else rows * (b - a) for r, (a, b) in enumerate(incoming)]

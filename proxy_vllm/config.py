@@ -41,8 +41,10 @@ class ProxyConfig:
         own_prompts: let requests give each model a prompt of its own, which costs every step of an
             engine a little; chat templates of the small members imply it.
         fused_head_max_batch: up to this many rows, steps of greedy and plain temperature rows draw
-            tokens straight from the head weights (Model Runner V2, one rank). 0 is off, the default
-            until the crossover has been measured on a GPU.
+            tokens straight from the head weights (Model Runner V2). 0 is off, the default until the
+            crossover has been measured on a GPU.
+        sampler_cuda_graphs: replay heads, combination and draw of a step as one CUDA graph. Off
+            until it has been measured to be faster; one rank.
     """
 
     expert: str
@@ -56,6 +58,7 @@ class ProxyConfig:
     antiexpert_chat_template: str | None = None
     own_prompts: bool = False
     fused_head_max_batch: int = 0
+    sampler_cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         for role in ("expert", "antiexpert"):
@@ -199,6 +202,8 @@ def apply_to_engine_args(
         }
     if proxy.takes_own_prompts and (excluded := _excludes_own_prompts(out, on_cpu)):
         raise UserError(f"--own-prompts, or a chat template of a small member: {excluded}")
+    if proxy.sampler_cuda_graphs and (excluded := _excludes_sampler_graphs(out, on_cpu)):
+        raise UserError(f"--sampler-cuda-graphs: {excluded}")
     if on_cpu:
         cpu_runner()  # says now, and not in a worker, that the variable is wrong
         _set_cpu_kv_cache(out)
@@ -216,6 +221,17 @@ def _excludes_own_prompts(kwargs: dict[str, Any], on_cpu: bool) -> str | None:
         )
     if kwargs.get("speculative_config"):
         return "speculation excludes prompts of each model's own; leave one of them out"
+    return None
+
+
+def _excludes_sampler_graphs(kwargs: dict[str, Any], on_cpu: bool) -> str | None:
+    """Why engine arguments exclude CUDA graphs of the sampler."""
+    if on_cpu:
+        return "there are no CUDA graphs on a CPU; leave it out"
+    if kwargs.get("enforce_eager"):
+        return "--enforce-eager excludes CUDA graphs; leave one of them out"
+    if int(kwargs.get("tensor_parallel_size") or 1) > 1:
+        return "ranks of --tensor-parallel-size exchange tokens outside graphs; leave it out"
     return None
 
 

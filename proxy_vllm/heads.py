@@ -12,13 +12,18 @@ from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 
 from proxy_vllm.formula import combine_logits
 from proxy_vllm.kernels.fused_head import fused_head_sample, supports
-from proxy_vllm.kernels.sharded import Exchange, realign_columns
+from proxy_vllm.kernels.sharded import (
+    Exchange,
+    Range,
+    changes_rank,
+    common,
+    merge_ranks,
+    realign_columns,
+)
 
 # Models whose `compute_logits` is vLLM's logits processor over `lm_head` and nothing more, and that
 # lack `compute_logits_local`, which is the same without the gathering.
 _PLAIN_HEADS = {"GPT2LMHeadModel", "OPTForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-
-Range = tuple[int, int]  # first token of a shard, and one past its last
 
 
 def shard_ranges(head: nn.Module, world_size: int) -> list[Range]:
@@ -84,38 +89,63 @@ class ShardedHeads:
             logits.append(shard)
         return Shards(logits, wanted[self.rank][0])
 
-    def combined(self, shards: Shards, alpha: torch.Tensor) -> torch.Tensor:  # [N, V] float32
-        """The whole distribution on every rank, from one gather."""
+    def combined_local(self, shards: Shards, alpha: torch.Tensor) -> torch.Tensor:
+        """This rank's columns ``[N, width]`` float32 of the distribution, padded as vLLM's are."""
         base, expert, antiexpert = shards.logits
         if base.shape[1] == 0:
             own = base.float()
         else:
             own = combine_logits(base, expert, antiexpert, alpha)
-        own = nn.functional.pad(own, (0, self.width - own.shape[1]))
+        return nn.functional.pad(own, (0, self.width - own.shape[1]))
+
+    def combined(self, shards: Shards, alpha: torch.Tensor) -> torch.Tensor:  # [N, V] float32
+        """The whole distribution on every rank, from one gather."""
+        own = self.combined_local(shards, alpha)
         return tensor_model_parallel_all_gather(own)[:, : self.vocab_size]
+
+    def shared_rows(self) -> list[Range] | None:
+        """Rows of this rank's three head weights that hold the base's columns of this rank.
+
+        None where a member's columns for some rank lie on another, or a rank has none.
+        """
+        wanted = self.ranges[0]
+        if any(changes_rank(own, wanted) for own in self.ranges):
+            return None
+        shared = [[common(*pair) for pair in zip(own, wanted)] for own in self.ranges]
+        if any(start == end for ranges in shared for start, end in ranges):
+            return None
+        firsts = [own[self.rank][0] for own in self.ranges]
+        rows = [ranges[self.rank] for ranges in shared]
+        return [(start - first, end - first) for first, (start, end) in zip(firsts, rows)]
 
 
 class FusedHeads:
     """The members' head weights, for drawing tokens without logits in memory.
 
-    Fit for vLLM's plain heads on one rank; a head that is quantised or carries an adapter, or whose
-    model does more than multiply, keeps its own logits.
+    Fit for vLLM's plain heads; a head that is quantised or carries an adapter, or whose model does
+    more than multiply, keeps its own logits. Over several ranks each reads its rows of the heads,
+    and they exchange a score and a token a row.
     """
 
-    def __init__(self, members: list[nn.Module]) -> None:
+    def __init__(self, members: list[nn.Module], sharded: ShardedHeads | None = None) -> None:
         heads = [member.lm_head for member in members]
         processors = [member.logits_processor for member in members]
         # Rows past the checkpoint's vocabulary are vLLM's padding.
-        self.weights = [h.weight.data[: h.org_vocab_size] for h in heads]
+        rows = [(0, head.org_vocab_size) for head in heads]
+        self.vocab_start, self.exchange = 0, None
+        if sharded is not None:
+            shared = sharded.shared_rows()
+            assert shared is not None
+            rows = shared
+            self.vocab_start, self.exchange = sharded.ranges[0][sharded.rank][0], sharded.exchange
+        self.weights = [h.weight.data[first:last] for h, (first, last) in zip(heads, rows)]
         self.soft_caps = [processor.soft_cap for processor in processors]
         self.scales = [processor.scale for processor in processors]
 
     @staticmethod
     def supports(members: list[nn.Module], dtypes: list[torch.dtype]) -> bool:
         """Whether the weights and these hidden dtypes are all there is to each member's logits."""
-        if get_tp_group().world_size > 1 or not all(map(has_local_logits, members)):
-            return False
-        if any(not hasattr(m, "logits_processor") for m in members):
+        if not all(has_local_logits(m) and hasattr(m, "logits_processor") for m in members):
             return False
         processors = [member.logits_processor for member in members]
         return all(
@@ -132,7 +162,7 @@ class FusedHeads:
         row_to_request: torch.Tensor,
     ) -> torch.Tensor:  # [B] int64
         """One token a row; arguments as ``kernels/fused_head.py``."""
-        tokens, _ = fused_head_sample(
+        tokens, scores = fused_head_sample(
             [h.contiguous() for h in hidden],
             self.weights,
             alpha,
@@ -142,5 +172,6 @@ class FusedHeads:
             row_to_request=row_to_request,
             soft_caps=self.soft_caps,
             scales=self.scales,
+            vocab_start=self.vocab_start,
         )
-        return tokens
+        return tokens if self.exchange is None else merge_ranks(self.exchange, scores, tokens)

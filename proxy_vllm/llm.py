@@ -34,7 +34,7 @@ class ProxyLLM(LLM):
         expert_args, antiexpert_args: ``vllm.config.ModelConfig`` fields of one member alone.
         allow_tokenizer_mismatch: serve members whose tokenizers disagree on a token id.
         own_prompts: let requests give each model a prompt of its own.
-        fused_head_max_batch: see ``proxy_vllm.config.ProxyConfig``.
+        fused_head_max_batch, sampler_cuda_graphs: see ``proxy_vllm.config.ProxyConfig``.
         speculative_tokens: draft this many tokens a step with the expert.
         base_chat_template, expert_chat_template, antiexpert_chat_template: how each member reads a
             ``chat``: ``"auto"`` (its tokenizer's own template), ``"plain"``, ``"llama-2"``,
@@ -66,6 +66,7 @@ class ProxyLLM(LLM):
         allow_tokenizer_mismatch: bool = False,
         own_prompts: bool = False,
         fused_head_max_batch: int = 0,
+        sampler_cuda_graphs: bool = False,
         speculative_tokens: int | None = None,
         base_chat_template: str | None = None,
         expert_chat_template: str | None = None,
@@ -86,6 +87,7 @@ class ProxyLLM(LLM):
             antiexpert_chat_template=resolve_template("antiexpert", antiexpert_chat_template),
             own_prompts=own_prompts,
             fused_head_max_batch=fused_head_max_batch,
+            sampler_cuda_graphs=sampler_cuda_graphs,
         )
         if base_chat_template not in (None, AUTO):
             if kwargs.get("chat_template") is not None:

@@ -7,8 +7,9 @@ import torch
 import torch.nn as nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.distributed import get_pp_group
+from vllm.distributed import get_pp_group, get_tp_group
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import SupportsPP, supports_pp
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
@@ -29,6 +30,8 @@ from proxy_vllm.own_prompts.prompts import obstacle
 
 if TYPE_CHECKING:
     from proxy_vllm.own_prompts.inputs import MemberInputs
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class ProxyTunedForCausalLM(nn.Module, SupportsPP):
@@ -71,6 +74,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         self.sharded_heads: ShardedHeads | None = None
         if get_pp_group().is_last_rank and ShardedHeads.supports(self.members()):
             self.sharded_heads = ShardedHeads(self.members(), self.vocab_size)
+            # By its name alone vLLM tells that batch-sharded sampling may be used.
+            self.compute_logits_local = self._compute_logits_local
         # Taken before vLLM repacks weights into forms that are no parameters (as it does on a CPU).
         self.member_weight_bytes = {role: weight_bytes(getattr(self, role)) for role in ROLES}
         self.weights_loaded = False
@@ -208,16 +213,31 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
     def prepare_fused_heads(self) -> None:
         """Set ``fused_heads`` once the weights are in their final form.
 
+        They stay None, and logits are stored, where tensor-parallel ranks split the members'
+        vocabularies at different tokens.
+
         Raises:
             UserError: a member's head cannot be read as one weight matrix.
         """
+        if not get_pp_group().is_last_rank:
+            return
+        sharded = self.sharded_heads
         dtypes = [self.member_configs[role].model_config.dtype for role in ROLES]
-        if not FusedHeads.supports(self.members(), dtypes):
+        split = get_tp_group().world_size > 1 and sharded is None
+        if split or not FusedHeads.supports(self.members(), dtypes):
             raise UserError(
-                "--fused-head-max-batch: a member's output head is quantised, sharded or more than"
-                " one product; leave the option out"
+                "--fused-head-max-batch: a member's output head is quantised or more than one"
+                " product; leave the option out"
             )
-        self.fused_heads = FusedHeads(self.members())
+        if sharded is not None and sharded.shared_rows() is None:
+            logger.warning(
+                "--fused-head-max-batch is without effect: %d ranks split the vocabularies of %s"
+                " tokens at different places",
+                get_tp_group().world_size,
+                ", ".join(str(self.vocab_sizes[role]) for role in ROLES),
+            )
+            return
+        self.fused_heads = FusedHeads(self.members(), sharded)
 
     def combine(
         self,
@@ -242,6 +262,19 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         if not isinstance(logits, Shards) and logits[0] is None:
             return None  # vLLM gathers logits on one rank only where it cannot on all
         return self.combine(logits, alpha)
+
+    def _compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """This rank's columns ``[N, padded width]`` of ``compute_logits``."""
+        assert self.sharded_heads is not None
+        hidden, alpha = self.unpack(hidden_states)
+        return self.sharded_heads.combined_local(self.sharded_heads.local(hidden), alpha)
+
+    @property
+    def packed_width(self) -> int:
+        """Width of ``forward``'s output; 0 until it has run."""
+        if not self._widths:
+            return 0
+        return sum(self._widths) + torch.float32.itemsize // self.hidden_dtype.itemsize
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the base from ``weights`` and the small members from their own checkpoints."""

@@ -1,16 +1,76 @@
 """Model Runner V2 for proxy-tuned models: sampling straight from the three members' logits."""
 
+from dataclasses import replace
+
 import torch
+from vllm.distributed.parallel_state import graph_capture
+from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from proxy_vllm.sampler import ProxySampler, merge, select_rows
+from proxy_vllm.kernels.combine_sample import batch_kinds
+from proxy_vllm.sampler import ProxySampler, Rows, merge, select_rows
+from proxy_vllm.sampler_graphs import Record, SamplerGraphs, cuda_graph_recorder
 
 
 class ProxyModelRunner(GPUModelRunner):
     """vLLM's runner, with the fused path wherever the sampler covers a row (see sampler.py)."""
+
+    sampler_graphs: SamplerGraphs | None = None
+
+    @torch.inference_mode()
+    def warm_up_sampler(self) -> None:
+        """Compile the fused path's kernels before requests come.
+
+        vLLM's warm-up does not reach them: its requests ask for log-probabilities and penalties.
+        """
+        sampler, model = self.sampler, self.model
+        if not isinstance(sampler, ProxySampler) or not sampler.fusable or not model.packed_width:
+            return
+        heads, states = model.sharded_heads, sampler.sampling_states
+        for count in batch_kinds(self.max_num_reqs, heads.width if heads else model.vocab_size):
+            packed = torch.zeros(
+                (count, model.packed_width), dtype=model.hidden_dtype, device=self.device
+            )
+            hidden, _ = model.unpack(packed)
+            index = torch.arange(count, device=self.device)
+            rows = Rows(sampler.alpha.gpu, states.temperature.gpu, states.seeds.gpu, index, index)
+            for names in ((), ("min_p",), ("top_p",), ("top_k", "top_p")):
+                filters = {name: getattr(states, name).gpu for name in names}
+                sampler.sample_hidden(model, hidden, replace(rows, **filters))
+
+    def capture_model(self, *, profile_only: bool = False) -> int:
+        """vLLM's graphs of the model, then ours of sampling; bytes of device memory taken."""
+        taken = super().capture_model(profile_only=profile_only)
+        manager, sampler = self.cudagraph_manager, self.sampler
+        wanted = self.model.proxy_config.sampler_cuda_graphs and manager.needs_capture()
+        if not wanted or not isinstance(sampler, ProxySampler) or not sampler.fusable:
+            return taken
+        with freeze_gc_for_cudagraph_capture(), graph_capture(device=self.device):
+            torch.accelerator.empty_cache()
+            free = torch.accelerator.get_memory_info()[0]
+            sizes = self.compilation_config.cudagraph_capture_sizes
+            self.capture_sampler(sizes, cuda_graph_recorder(manager.pool, self.vllm_config))
+            taken += free - torch.accelerator.get_memory_info()[0]
+        if profile_only:
+            # Recorded into a pool that vLLM throws away, to learn what the graphs will take.
+            self.sampler_graphs = None
+        return taken
+
+    @torch.inference_mode()
+    def capture_sampler(self, sizes: list[int], record: Record) -> None:
+        """Let steps that the fused path covers whole replay what ``record`` makes of them."""
+        sizes = [size for size in sizes if size <= self.max_num_reqs]
+        if sizes:
+            graphs = SamplerGraphs(self.model, self.sampler, sizes, self.device)
+            graphs.capture(record)
+            self.sampler_graphs = graphs
+
+    def shutdown(self) -> None:
+        self.sampler_graphs = None
+        super().shutdown()
 
     def gather_batch_req_state(
         self, scheduler_output: SchedulerOutput, dummy_run: bool
@@ -47,18 +107,18 @@ class ProxyModelRunner(GPUModelRunner):
         if len(rows) == input_batch.num_reqs:
             return super().sample(hidden_states, input_batch, grammar_output)
 
+        graphs = self.sampler_graphs
+        if graphs is not None and not len(rows) and graphs.holds(input_batch.num_reqs):
+            output = sampler.output_of(graphs.sample(hidden_states, input_batch), input_batch)
+            return output, output.num_sampled, output.num_rejected
+
+        batch_rows = sampler.rows_of(input_batch)
         hidden, alpha = self.model.unpack(hidden_states[input_batch.logits_indices])
-        heads = self.model.fused_heads
-        if (
-            heads is not None
-            and not len(rows)
-            and input_batch.num_reqs <= self.model.proxy_config.fused_head_max_batch
-            and sampler.without_filters(input_batch)
-        ):
-            tokens = sampler.sample_heads(heads, hidden, input_batch)
-        else:
+        if len(rows):
             logits = self.model.logits_for_sampling(hidden)
-            tokens = sampler.sample_fused(logits, input_batch)
+            tokens = sampler.sample_logits(logits, batch_rows)
+        else:
+            tokens = sampler.sample_hidden(self.model, hidden, batch_rows)
         output = sampler.output_of(tokens, input_batch)
         if len(rows):
             part, index = select_rows(input_batch, rows, self.device)

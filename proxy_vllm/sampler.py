@@ -12,8 +12,9 @@ The whole batch takes the second path where vLLM replaces or wraps sampling: dra
 batch-sharded sampling, sampling-mask and trace replay, counting NaN logits.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,31 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
-from proxy_vllm.heads import FusedHeads, Shards
+from proxy_vllm.heads import Shards
 from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.sharded import Exchange, ShardedSampler
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Parameters of a batch's rows, by request slot; None for a filter that no row uses."""
+
+    alpha: torch.Tensor  # [slots] float32
+    temperature: torch.Tensor  # [slots] float32
+    seeds: torch.Tensor  # [slots] int64
+    positions: torch.Tensor  # [B] int64
+    row_to_request: torch.Tensor  # [B], row -> slot; -1 in padding rows
+    top_k: torch.Tensor | None = None  # [slots] int32
+    top_p: torch.Tensor | None = None  # [slots] float32
+    min_p: torch.Tensor | None = None  # [slots] float32
+
+    @property
+    def key(self) -> tuple[torch.Tensor, ...]:
+        return self.alpha, self.temperature, self.seeds, self.positions
+
+    @property
+    def filters(self) -> tuple[torch.Tensor | None, ...]:
+        return self.top_k, self.top_p, self.min_p
 
 
 class ProxySampler(Sampler):
@@ -106,53 +129,48 @@ class ProxySampler(Sampler):
             "min_p": used(states.min_p, 0.0),
         }
 
-    def without_filters(self, input_batch: InputBatch) -> bool:
-        """Whether every row is greedy or of plain temperature, with vLLM's float32 noise."""
-        unused = all(used is None for used in self.filters(input_batch).values())
-        return unused and not self.use_fp64_gumbel
-
-    def sample_heads(
-        self, heads: FusedHeads, hidden: list[torch.Tensor], input_batch: InputBatch
-    ) -> torch.Tensor:  # [B] int64
-        """One token a row from hidden states, 3 x ``[B, d_m]``, for a batch without filters."""
-        return heads.sample(
-            hidden,
-            self.alpha.gpu,
-            self.sampling_states.temperature.gpu,
-            self.sampling_states.seeds.gpu,
-            input_batch.positions[input_batch.logits_indices],
-            input_batch.idx_mapping,
+    def rows_of(self, input_batch: InputBatch) -> Rows:
+        """What decides the tokens of a batch without draft tokens, besides its logits."""
+        states = self.sampling_states
+        return Rows(
+            alpha=self.alpha.gpu,
+            temperature=states.temperature.gpu,
+            seeds=states.seeds.gpu,
+            positions=input_batch.positions[input_batch.logits_indices],
+            row_to_request=input_batch.idx_mapping,
+            **self.filters(input_batch),
         )
 
-    def sample_fused(
-        self, logits: list[torch.Tensor] | Shards, input_batch: InputBatch
+    def sample_hidden(
+        self, model: Any, hidden: list[torch.Tensor], rows: Rows
     ) -> torch.Tensor:  # [B] int64
-        """One token a row for a batch without draft tokens.
+        """One token a row from the composite's hidden states, 3 x ``[B, d_m]``."""
+        heads = model.fused_heads
+        fits = heads is not None and len(hidden[0]) <= model.proxy_config.fused_head_max_batch
+        if fits and not any(f is not None for f in rows.filters) and not self.use_fp64_gumbel:
+            return heads.sample(hidden, *rows.key, row_to_request=rows.row_to_request)
+        return self.sample_logits(model.logits_for_sampling(hidden), rows)
 
-        Args:
-            logits: the members' logits, 3 x ``[B, V_m]``, or this rank's columns of them.
-        """
-        states = self.sampling_states
+    def sample_logits(
+        self, logits: list[torch.Tensor] | Shards, rows: Rows
+    ) -> torch.Tensor:  # [B] int64
+        """One token a row from the members' logits, 3 x ``[B, V_m]``, or this rank's columns."""
         draw = proxy_sample
         if isinstance(logits, Shards):
             assert self.exchange is not None
             draw = partial(
                 ShardedSampler(self.exchange).sample,
                 vocab_start=logits.vocab_start,
-                vocab_size=states.vocab_size,
+                vocab_size=self.sampling_states.vocab_size,
             )
             logits = logits.logits
-        base, expert, antiexpert = logits
         return draw(
-            base,
-            expert,
-            antiexpert,
-            self.alpha.gpu,
-            states.temperature.gpu,
-            states.seeds.gpu,
-            input_batch.positions[input_batch.logits_indices],
-            **self.filters(input_batch),
-            row_to_request=input_batch.idx_mapping,
+            *logits,
+            *rows.key,
+            top_k=rows.top_k,
+            top_p=rows.top_p,
+            min_p=rows.min_p,
+            row_to_request=rows.row_to_request,
             use_fp64_gumbel=self.use_fp64_gumbel,
         )
 

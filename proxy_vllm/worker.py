@@ -68,6 +68,11 @@ class ProxyWorker(Worker):
             ),
         )
 
+    def compile_or_warm_up_model(self):
+        if self.use_v2_model_runner and self.vllm_config.kernel_config.enable_jit_warmup:
+            self.model_runner.warm_up_sampler()
+        return super().compile_or_warm_up_model()
+
     def _make_model_runner(self):
         if not self.use_v2_model_runner:
             raise UserError(

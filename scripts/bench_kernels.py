@@ -10,6 +10,11 @@ does not is reported as wrong and gets no time. Times are of CUDA graph replays 
 256 MiB buffer is written in between), median with p20 and p80; `eager_us` is the median of plain
 calls, launch overhead included. Bytes are what cannot be avoided: each logit (or weight) read once.
 `share_of_copy` is their rate over that of a 1 GiB device-to-device copy measured in the same run.
+
+`decisions` in the result reads off what the settings hang on: whether heads, combination and draw
+gain from a CUDA graph (`--sampler-cuda-graphs`; in an engine the launches may hide behind the
+model, which `bench_step.py --systems proxy sampler_graphs` shows), up to which batch the fused head
+wins (`--fused-head-max-batch`), and which targets are met.
 """
 
 import argparse
@@ -22,7 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-KINDS = ("greedy", "plain", "top-p", "top-k+top-p", "mixed")
+from kernel_bench.report import KINDS, decisions, plot  # noqa: E402
+
 HEAD_SIZES = (4096, 2048, 2048)
 CHECKED_ROWS = 16
 
@@ -110,11 +116,13 @@ def wrong(provider, inputs, tokens) -> str | None:
         logits = tuple(reference.head_logits(h[:rows], w, dtype=torch.float32) for h, w in pairs)
     state = [tensor[:rows] for tensor in inputs.state()]
     filters = {name: tensor[:rows] for name, tensor in inputs.filters().items()}
+    # Heads that store bfloat16 logits move more of them over the edge.
+    more_k, more_p = (5, 1e-3) if inputs.logits else (20, 2e-2)
     wider = dict(filters)
     if "top_k" in wider:
-        wider["top_k"] = wider["top_k"] + 5
+        wider["top_k"] = wider["top_k"] + more_k
     if "top_p" in wider:
-        wider["top_p"] = (wider["top_p"] + 1e-3).clamp(max=1)
+        wider["top_p"] = (wider["top_p"] + more_p).clamp(max=1)
     drawn = tokens[:rows, None]
     if tokens.min() < 0 or tokens.max() >= logits[0].shape[1]:
         return "a token is outside the vocabulary"
@@ -199,7 +207,7 @@ def cells(smoke: bool):
         vocabs, batches, dtypes = (111,), (1, 3), ("bfloat16",)
     for dtype in dtypes[:1]:
         for batch in batches:
-            for kind in ("greedy", "plain"):
+            for kind in ("greedy", "plain", "mixed"):
                 yield "heads", vocabs[0], batch, dtype, kind, False
     for vocab in vocabs:
         for dtype in dtypes:
@@ -262,6 +270,8 @@ def run(options, device: str) -> dict:
             reason = "out of time" if late else provider.missing()
             if kind in ("greedy", "mixed") and not provider.mixed:
                 reason = reason or "vLLM does not use it for batches with greedy or seeded rows"
+            if kind not in ("greedy", "plain") and not provider.filters:
+                reason = reason or "knows no filters"
             if not reason:
                 try:
                     reason = wrong(provider, inputs, provider.draw(inputs))
@@ -293,47 +303,9 @@ def run(options, device: str) -> dict:
                 f"{source} V={vocab} B={batch} {dtype_name} {kind} {cell['logits']}",
                 flush=True,
             )
+    result["decisions"] = decisions(result["rows"])
     result["seconds"] = round(time.monotonic() - started, 1)
     return result
-
-
-def plot(result: dict, path: Path) -> None:
-    """Median against batch, one panel a kind; the first vocabulary of the results."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [r for r in result["rows"] if r["dtype"] == "bfloat16"]
-    vocab = rows[0]["vocab"]
-    panels = [("logits", k, "peaked") for k in KINDS] + [("logits", "top-p", "flat")]
-    panels += [("heads", k, "peaked") for k in ("greedy", "plain")]
-    figure, axes = plt.subplots(2, 4, figsize=(16, 7), sharex=True)
-    for axis, (source, kind, shape) in zip(axes.flat, panels):
-        chosen = [
-            r for r in rows
-            if (r["source"], r["kind"], r["logits"], r["vocab"]) == (source, kind, shape, vocab)
-        ]  # fmt: skip
-        for name in dict.fromkeys(r["provider"] for r in chosen):
-            mine = [r for r in chosen if r["provider"] == name]
-            axis.errorbar(
-                [r["batch"] for r in mine],
-                [r["p50_us"] for r in mine],
-                yerr=[
-                    [r["p50_us"] - r["p20_us"] for r in mine],
-                    [r["p80_us"] - r["p50_us"] for r in mine],
-                ],
-                marker="o",
-                capsize=3,
-                label=name,
-            )
-        axis.set(xscale="log", yscale="log", title=f"{source}, {kind}, {shape}")
-        axis.set(xlabel="batch", ylabel="microseconds")
-        if chosen:
-            axis.legend(fontsize=7)
-    figure.suptitle(f"{result['device']}, V = {vocab}, bfloat16, median with p20 to p80")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 def main() -> int:
@@ -361,6 +333,7 @@ def main() -> int:
     if result["rows"]:
         plot(result, out.with_suffix(".png"))
     failed = [r for r in result["not_measured"] if r["why"].startswith(("WRONG", "FAILED"))]
+    print(json.dumps(result["decisions"], indent=1))
     print(f"{len(result['rows'])} cells in {result['seconds']} s, {len(failed)} wrong: {out}")
     return 1 if failed else 0
 

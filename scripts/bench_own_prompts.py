@@ -109,7 +109,7 @@ def measure(models: list[str], args: argparse.Namespace, kinds: list[str]) -> di
     short, whole = args.tokens // 4, args.tokens
     start = time.perf_counter()
     llm = engine(
-        models, args, dtype=args.dtype, load_format="dummy", max_num_seqs=args.batch,
+        "proxy", models, args, dtype=args.dtype, load_format="dummy", max_num_seqs=args.batch,
         max_model_len=args.context + OFFSET + whole, own_prompts=kinds != ["off"],
         compilation_config={"cudagraph_capture_sizes": [args.batch]},
     )  # fmt: skip
@@ -153,7 +153,7 @@ def check(models: list[str], args: argparse.Namespace) -> dict:
     ]
     alphas = [1.0, 0.5, -0.5, 1.0, 0.0, 0.5]
     llm = engine(
-        models, args, dtype=args.check_dtype, max_num_seqs=8, max_model_len=128,
+        "proxy", models, args, dtype=args.check_dtype, max_num_seqs=8, max_model_len=128,
         max_num_batched_tokens=64, own_prompts=True,
     )  # fmt: skip
     outputs = generate(llm, prompts, CHECK_TOKENS, alphas)
@@ -247,12 +247,15 @@ def main() -> None:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        checked = run_child("check", write_models(root, args.check_shape), args, __file__)
+        checked = run_child("check", "proxy", write_models(root, args.check_shape), args, __file__)
         if not checked["passed"]:
             sys.exit(f"bench_own_prompts.py: error: tokens differ from Transformers': {checked}")
         base, small = (write_config(root, shape) for shape in args.shapes)
         rounds = [
-            {kinds: run_child(kinds, [base, small, small], args, __file__) for kinds in turn}
+            {
+                kinds: run_child(kinds, "proxy", [base, small, small], args, __file__)
+                for kinds in turn
+            }
             for turn in (("off", "idle+own"), ("idle+own", "off")) * args.rounds
         ][: args.rounds]
     result = {

@@ -2,12 +2,14 @@
 """Time of one decode step at real shapes without real weights: the trio, and the base alone.
 
     python scripts/bench_step.py --json benchmarks/results/step.json            # one GPU
+    python scripts/bench_step.py --systems proxy sampler_graphs fused_head      # what options gain
     python scripts/bench_step.py --smoke --json /tmp/step.json                  # a CPU, tiny shapes
 
 Models are a config.json each, weights are vLLM's dummies, nothing is fetched. A step is the
 difference of two runs of one batch that differ in length only, so that prefill and start-up cancel.
-Each system has a process of its own. Before that, engines with a random 135M-class trio must choose
-the Transformers models' tokens; otherwise nothing is reported.
+Each system has a process of its own. Before that, its engine with a random 135M-class trio must
+choose the Transformers models' tokens; otherwise nothing is reported. Batches that the KV cache
+does not hold are left out.
 """
 
 import argparse
@@ -55,6 +57,13 @@ SHAPES = {
              "vocab_size": 509, "tie_word_embeddings": True},
 }  # fmt: skip
 CHECK_TOKENS = 16
+# What is timed: arguments of `ProxyLLM`, or None for the base alone.
+SYSTEMS: dict[str, dict | None] = {
+    "proxy": {},
+    "sampler_graphs": {"sampler_cuda_graphs": True},
+    "fused_head": {"fused_head_max_batch": 1 << 20},
+    "base": None,
+}
 
 
 def write_config(root: Path, name: str) -> str:
@@ -84,16 +93,17 @@ def write_models(root: Path, name: str) -> list[str]:
     return folders
 
 
-def engine(models: list[str], args: argparse.Namespace, **kwargs):
-    """A trio as `ProxyLLM`, one model as `vllm.LLM`."""
+def engine(system: str, models: list[str], args: argparse.Namespace, **kwargs):
+    """A trio as `ProxyLLM`, its base alone as `vllm.LLM`."""
     kwargs = {"skip_tokenizer_init": True, **kwargs, **args.engine_args}
-    if len(models) == 1:
+    options = SYSTEMS[system]
+    if options is None:
         from vllm import LLM
 
         return LLM(models[0], **kwargs)
     from proxy_vllm import ProxyLLM
 
-    return ProxyLLM(models[0], expert=models[1], antiexpert=models[2], **kwargs)
+    return ProxyLLM(models[0], expert=models[1], antiexpert=models[2], **options, **kwargs)
 
 
 def generate(llm, prompts: list[list[int]], tokens: int, alphas: list[float] | None = None):
@@ -109,13 +119,13 @@ def generate(llm, prompts: list[list[int]], tokens: int, alphas: list[float] | N
     return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 
-def measure(models: list[str], args: argparse.Namespace) -> dict:
+def measure(system: str, models: list[str], args: argparse.Namespace) -> dict:
     """Step times in ms of each batch: differences between a long and a short run."""
     rows = max(args.batch)
     short, whole = args.tokens // 4, args.tokens
     start = time.perf_counter()
     llm = engine(
-        models, args, dtype=args.dtype, load_format="dummy", max_num_seqs=rows,
+        system, models, args, dtype=args.dtype, load_format="dummy", max_num_seqs=rows,
         max_model_len=args.context + whole, enable_prefix_caching=True,
         compilation_config={"cudagraph_capture_sizes": sorted(args.batch)},
     )  # fmt: skip
@@ -128,7 +138,11 @@ def measure(models: list[str], args: argparse.Namespace) -> dict:
         generate(llm, prompts[:batch], tokens)
         return time.perf_counter() - begun
 
+    cache = llm.llm_engine.vllm_config.cache_config
+    result["kv_tokens"] = cache.num_gpu_blocks * cache.block_size
     for batch in args.batch:
+        if batch * (args.context + whole) > result["kv_tokens"]:
+            continue  # requests would wait for each other
         timed(batch, short)  # fills the prefix cache, so that later runs hardly prefill
         pairs = [(timed(batch, short), timed(batch, whole)) for _ in range(args.repeats)]
         result["step_ms"][str(batch)] = [1e3 * (b - a) / (whole - short) for a, b in pairs]
@@ -142,15 +156,15 @@ def cuda_graphs(llm) -> str:
     return getattr(mode, "name", str(mode))
 
 
-def check(models: list[str], args: argparse.Namespace) -> dict:
-    """An engine's greedy tokens at four alphas against the Transformers models' choices."""
+def check(system: str, models: list[str], args: argparse.Namespace) -> dict:
+    """The engine's greedy tokens at four alphas against the Transformers models' choices."""
     import torch
     from reference_loop import Trio
 
     vocab = SHAPES[args.check_shape]["vocab_size"]
     alphas = [1.0, 0.0, 0.5, -0.5]
     prompts = random_prompts(len(alphas), 24, vocab)
-    llm = engine(models, args, dtype=args.check_dtype, max_num_seqs=4, max_model_len=128)
+    llm = engine(system, models, args, dtype=args.check_dtype, max_num_seqs=4, max_model_len=128)
     outputs = generate(llm, prompts, CHECK_TOKENS, alphas)
     tokens = [list(o.outputs[0].token_ids) for o in outputs]
     trio = Trio.load(*models, torch.float32)
@@ -159,16 +173,16 @@ def check(models: list[str], args: argparse.Namespace) -> dict:
 
 def child(args: argparse.Namespace) -> None:
     job = json.loads(args.child)
-    result = {"check": check, "measure": measure}[job["what"]](job["models"], args)
+    result = {"check": check, "measure": measure}[job["what"]](job["system"], job["models"], args)
     Path(job["result"]).write_text(json.dumps(result))
 
 
 def run_child(
-    what: str, models: list[str], args: argparse.Namespace, script: str = __file__
+    what: str, system: str, models: list[str], args: argparse.Namespace, script: str = __file__
 ) -> dict:
     """`check` or `measure` in a process of its own, which takes the GPU's memory with it."""
     with tempfile.TemporaryDirectory() as folder:
-        job = {"what": what, "models": models, "result": f"{folder}/result.json"}
+        job = {"what": what, "system": system, "models": models, "result": f"{folder}/result.json"}
         with open(f"{folder}/log", "w+") as log:
             done = subprocess.run(
                 [sys.executable, script, *sys.argv[1:], "--child", json.dumps(job)],
@@ -176,37 +190,49 @@ def run_child(
             )  # fmt: skip
             if done.returncode:
                 log.seek(0)
-                sys.exit(f"{Path(script).name}: error: {what} failed:\n{log.read()[-4000:]}")
+                name = Path(script).name
+                sys.exit(f"{name}: error: {what} of {system} failed:\n{log.read()[-4000:]}")
         return json.loads(Path(job["result"]).read_text())
 
 
 def rows_of(measured: dict[str, dict], args: argparse.Namespace) -> list[dict]:
-    """One row a batch: measured steps and floors of trio and base alone, and their ratios."""
+    """One row a batch: steps of every system, its floor, and its share of the base alone."""
     from proxy_vllm.roofline import find_gpu, step_floor
     from proxy_vllm.shapes import DTYPE_BYTES, model_shape
 
     key = args.gpu or gpu_key(device_name())
     shapes = [model_shape({**LLAMA, **SHAPES[s]}, s) for s in args.shapes]
     context = args.context + (args.tokens + args.tokens // 4) // 2
+
+    def floor_of(system: str, batch: int) -> float | None:
+        members = shapes[:1] if SYSTEMS[system] is None else shapes
+        return key and step_floor(
+            members, find_gpu(key), batch=batch, context=context,
+            dtype_bytes=DTYPE_BYTES[args.dtype],
+        ).step_ms  # fmt: skip
+
     rows = []
     for batch in args.batch:
         row: dict = {"batch": batch, "context": context}
-        for system, members in (("proxy", shapes), ("base", shapes[:1])):
-            step = percentiles(measured[system]["step_ms"][str(batch)], (20, 50, 80))
-            floor = None
-            if key:
-                floor = step_floor(
-                    members, find_gpu(key), batch=batch, context=context,
-                    dtype_bytes=DTYPE_BYTES[args.dtype],
-                ).step_ms  # fmt: skip
+        for system, result in measured.items():
+            times = result["step_ms"].get(str(batch))
+            if times is None:
+                row[system] = {"left_out": f"the KV cache holds {result['kv_tokens']} tokens"}
+                continue
+            step, floor = percentiles(times, (20, 50, 80)), floor_of(system, batch)
             row[system] = {
                 "step_ms": step,
                 "tokens_per_s": round(1e3 * batch / step["p50"], 2),
                 "floor_ms": floor and round(floor, 4),
                 "share_of_floor": floor and round(floor / step["p50"], 4),
             }
-        row["ratio"] = round(row["base"]["step_ms"]["p50"] / row["proxy"]["step_ms"]["p50"], 4)
-        floors = [row[system]["floor_ms"] for system in ("base", "proxy")]
+        base = row.get("base", {}).get("step_ms")
+        for system in measured:
+            if base and system != "base" and "step_ms" in row[system]:
+                row.setdefault("ratio", {})[system] = round(
+                    base["p50"] / row[system]["step_ms"]["p50"], 4
+                )
+        floors = [floor_of(system, batch) for system in ("base", "proxy")]
         row["floor_ratio"] = round(floors[0] / floors[1], 4) if key else None
         rows.append(row)
     return rows
@@ -218,6 +244,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--shapes", nargs=2, choices=list(SHAPES), default=["8b", "1b"], metavar=("BASE", "SMALL"))
+    add("--systems", nargs="+", choices=list(SYSTEMS), default=["proxy", "base"])
     add("--batch", type=int, nargs="+", default=[1, 8, 64, 256])
     add("--context", type=int, default=1024, help="tokens of each prompt")
     add("--tokens", type=int, default=64, help="tokens of a long run; a short one has a quarter")
@@ -255,19 +282,25 @@ def main() -> None:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        checked = run_child("check", write_models(root, args.check_shape), args)
-        if not checked["passed"]:
-            sys.exit(f"bench_step.py: error: tokens differ from Transformers' choices: {checked}")
+        trio = write_models(root, args.check_shape)
+        checked = {}
+        for system in args.systems:
+            if SYSTEMS[system] is None:
+                continue
+            checked[system] = run_child("check", system, trio, args)
+            if not checked[system]["passed"]:
+                sys.exit(
+                    f"bench_step.py: error: {system}: tokens differ from Transformers' choices:"
+                    f" {checked[system]}"
+                )
         base, small = (write_config(root, shape) for shape in args.shapes)
-        measured = {
-            "proxy": run_child("measure", [base, small, small], args),
-            "base": run_child("measure", [base], args),
-        }
+        models = [base, small, small]
+        measured = {s: run_child("measure", s, models, args) for s in args.systems}
     result = {
         **provenance(script_argv("bench_step.py")),
         "shapes": {"base": args.shapes[0], "expert": args.shapes[1], "antiexpert": args.shapes[1]},
         "dtype": args.dtype,
-        "correctness": {**checked, "shape": args.check_shape, "dtype": args.check_dtype},
+        "correctness": {"shape": args.check_shape, "dtype": args.check_dtype, **checked},
         "engines": {
             k: {"start_s": v["start_s"], "cuda_graphs": v["cuda_graphs"]}
             for k, v in measured.items()

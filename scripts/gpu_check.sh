@@ -5,26 +5,49 @@
 #
 # Runs every step below, the next one also after a failure, and writes RESULTS_FOLDER/gpu_check.json
 # with the steps' exit statuses and seconds. Exits 1 if any step failed, 2 without a GPU.
-# PYTHON chooses the interpreter; STEPS="a b" runs some steps alone.
+# PYTHON chooses the interpreter; STEPS="a b" runs some steps alone, and STEPS=list names them. Every
+# step ends within 10 minutes, for machines that are lent so long, and the results of other steps stay.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
 python=${PYTHON:-python}
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
 
+# A step is a name, a time limit in seconds and a command that writes its results to $out.
+step() { steps+=("$1 $2 ${*:3}"); }
+steps=()
+tests=tests/kernels/test_
+step kernel_tests 580 pytest_json kernel_tests "${tests}"{sample,combine,arguments,precision,reference}.py
+step filter_tests 580 pytest_json filter_tests "${tests}"{filters,fused_head,dispatch,distribution,sharded}.py
+step kernel_gpu_tests 580 pytest_json kernel_gpu_tests -m gpu tests/kernels
+step gpu_tests 590 pytest_json gpu_tests -m gpu tests/e2e/test_gpu.py
+step own_prompts 590 pytest_json own_prompts -m gpu 'tests/e2e/test_own_prompts*.py'
+step kernel_resources 580 '$python -m proxy_vllm.kernels.resources --json $out/kernel_resources.json'
+step kernel_bench 540 '$python scripts/bench_kernels.py --out $out/kernels.json'
+step step_bench 590 '$python scripts/bench_step.py --json $out/step.json'
+step step_sampler 590 '$python scripts/bench_step.py --repeats 3 --systems proxy sampler_graphs' \
+    '--json $out/step_sampler_graphs.json'
+step step_fused_head 590 '$python scripts/bench_step.py --repeats 3 --systems proxy fused_head' \
+    '--json $out/step_fused_head.json'
+
+if [ "${STEPS:-}" = list ]; then
+    for each in "${steps[@]}"; do
+        read -r name limit _ <<<"$each"
+        echo "$name (up to $limit s)"
+    done
+    exit 0
+fi
+for name in ${STEPS:-}; do
+    if ! printf '%s\n' "${steps[@]%% *}" | grep -qx "$name"; then
+        echo "gpu_check: error: STEPS: no step $name; STEPS=list names them" >&2
+        exit 2
+    fi
+done
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu_check: error: no CUDA GPU found (PYTHON=$python); run it on a machine with one" >&2
     exit 2
 fi
-
-# A step is a name, a time limit in seconds and a command that writes its results to $out.
-steps=(
-    "kernel_tests 900 pytest_json kernel_tests tests/kernels"
-    "gpu_tests 900 pytest_json gpu_tests -m gpu tests --ignore=tests/kernels"
-    "kernel_resources 600 $python -m proxy_vllm.kernels.resources --json $out/kernel_resources.json"
-    "kernel_bench 540 $python scripts/bench_kernels.py --out $out/kernels.json"
-)
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
 
 # pytest_json NAME ARGS...: runs pytest, and turns its XML report into $out/NAME.json.
 pytest_json() {
@@ -55,8 +78,8 @@ export out python
 
 failed=0
 report=""
-for step in "${steps[@]}"; do
-    read -r name limit command <<<"$step"
+for each in "${steps[@]}"; do
+    read -r name limit command <<<"$each"
     if [ -n "${STEPS:-}" ] && [[ " $STEPS " != *" $name "* ]]; then
         continue
     fi
@@ -68,6 +91,13 @@ for step in "${steps[@]}"; do
     report+="${report:+,}\"$name\": {\"status\": $status, \"seconds\": $((SECONDS - start))}"
     echo "== $name: status $status after $((SECONDS - start)) s"
 done
-echo "{$report}" | "$python" -m json.tool >"$out/gpu_check.json"
+"$python" - "$out/gpu_check.json" "{$report}" <<'PYTHON'
+import json, sys
+from pathlib import Path
+
+path = Path(sys.argv[1])
+before = json.loads(path.read_text()) if path.exists() else {}
+path.write_text(json.dumps({**before, **json.loads(sys.argv[2])}, indent=1) + "\n")
+PYTHON
 cat "$out/gpu_check.json"
 exit "$failed"

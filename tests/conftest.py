@@ -48,6 +48,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter_speed
+
+        interpreter_speed.install()
+
+
 @pytest.fixture(scope="session")
 def trio(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders of a random Llama trio with one vocabulary of 111 tokens."""

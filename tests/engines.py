@@ -42,7 +42,10 @@ def running(engine_cls: Any = None, **kwargs: Any) -> Iterator[Any]:
 
     from proxy_vllm import ProxyLLM
 
-    llm = (engine_cls or ProxyLLM)(**{**SMALL, **kwargs})
+    kwargs = {**SMALL, **kwargs}
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        kwargs.setdefault("worker_extension_cls", "quick_worker.QuickWorker")
+    llm = (engine_cls or ProxyLLM)(**kwargs)
     try:
         yield llm
     finally:

@@ -79,6 +79,12 @@ def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw tokens straight from the head weights in steps of at most this many rows"
         " (default: 0, off)",
     )
+    group.add_argument(
+        "--sampler-cuda-graphs",
+        action="store_true",
+        help="replay heads, combination and draw of a step as one CUDA graph (not yet measured on"
+        " a GPU)",
+    )
 
 
 def proxy_config(args: argparse.Namespace):
@@ -98,6 +104,7 @@ def proxy_config(args: argparse.Namespace):
         antiexpert_chat_template=resolve_template("antiexpert", args.antiexpert_chat_template),
         own_prompts=args.own_prompts,
         fused_head_max_batch=args.fused_head_max_batch,
+        sampler_cuda_graphs=args.sampler_cuda_graphs,
     )
 
 

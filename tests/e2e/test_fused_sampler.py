@@ -4,76 +4,106 @@ import os
 
 import pytest
 import torch
-from engines import prompt_ids, running
+from engines import running
 from reference_loop import Trio
+from sampled_reference import (
+    ALPHAS,
+    PROMPTS,
+    ROWS,
+    TOKENS,
+    expected_tokens,
+    generate,
+    params,
+    tokens_of,
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("PROXY_VLLM_CPU_RUNNER", "v1") != "v2" and not torch.cuda.is_available(),
     reason="the fused sampler belongs to Model Runner V2 (PROXY_VLLM_CPU_RUNNER=v2)",
 )
-
-TOKENS = 12
-ROWS = [
-    {"temperature": 0.0},
-    {"temperature": 1.0, "seed": 11},
-    {"temperature": 0.7, "seed": 12, "top_p": 0.8},
-    {"temperature": 1.3, "seed": 13, "top_k": 5},
-    {"temperature": 1.0, "seed": 14, "top_k": 20, "top_p": 0.9},
-    {"temperature": 0.9, "seed": 15, "min_p": 0.1},
-    {"temperature": 1.0, "seed": -3, "top_k": 1},
-]
-ALPHAS = [1.0, 0.5, -1.0, 0.0, 2.0, 1.0, 1.5]
-PROMPTS = prompt_ids([3, 9, 33, 70, 5, 20, 12], seed=5)
-
-
-def params(row: dict, alpha: float, **more):
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        max_tokens=TOKENS, ignore_eos=True, extra_args={"proxy_alpha": alpha}, **row, **more
-    )
-
-
-@torch.inference_mode()
-def sampled_by_reference(trio: Trio, prompt: list[int], row: dict, alpha: float) -> list[int]:
-    """Decode without any cache; the noise is keyed by the position of the last token read."""
-    from proxy_vllm.kernels import reference
-
-    ids = list(prompt)
-    for _ in range(TOKENS):
-        logits = [m(torch.tensor([ids])).logits[:, -1] for m in trio.models()]
-        token = reference.sample(
-            *logits,
-            torch.tensor([alpha]),
-            torch.tensor([row["temperature"]]),
-            torch.tensor([row.get("seed", 0)]),
-            torch.tensor([len(ids) - 1]),
-            top_k=torch.tensor([row.get("top_k", 0)]),
-            top_p=torch.tensor([row.get("top_p", 1.0)]),
-            min_p=torch.tensor([row.get("min_p", 0.0)]),
-        )
-        ids.append(int(token))
-    return ids[len(prompt) :]
+ALL = range(len(ROWS))
 
 
 @pytest.fixture(scope="module")
 def expected(trio) -> list[list[int]]:
-    models = Trio.load(trio["model"], trio["expert"], trio["antiexpert"], torch.float32)
-    return [sampled_by_reference(models, p, r, a) for p, r, a in zip(PROMPTS, ROWS, ALPHAS)]
+    return expected_tokens(trio)
 
 
-def generate(llm, sampling) -> list[list[int]]:
-    outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling, use_tqdm=False)
-    return [list(o.outputs[0].token_ids) for o in outputs]
-
-
-@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_mixed_batch_equals_reference(trio, expected, tensor_parallel_size, monkeypatch):
+@pytest.fixture
+def two_ranks(monkeypatch) -> dict:
+    """Settings of an engine whose two workers run functions of this file."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     # Two workers on a machine of one memory node: vLLM wants to be told their cores.
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join("01"[:tensor_parallel_size]))
-    with running(**trio, tensor_parallel_size=tensor_parallel_size) as llm:
-        got = generate(llm, [params(r, a) for r, a in zip(ROWS, ALPHAS)])
-    assert got == expected
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    return {"tensor_parallel_size": 2}
+
+
+def count_exchanges(worker) -> tuple[int, int]:
+    exchange = worker.model_runner.model.sharded_heads.exchange
+    seen = exchange.calls, exchange.bytes_sent
+    exchange.calls = exchange.bytes_sent = 0
+    return seen
+
+
+def count_fused_heads(worker) -> None:
+    import proxy_vllm.heads as heads
+
+    fused = heads.fused_head_sample
+    worker.fused_head_rows = []
+
+    def counted(hidden, *args, **kwargs):
+        worker.fused_head_rows.append(hidden[0].shape[0])
+        return fused(hidden, *args, **kwargs)
+
+    heads.fused_head_sample = counted
+
+
+def fused_head_rows(worker) -> list[int]:
+    rows, worker.fused_head_rows = worker.fused_head_rows, []
+    return rows
+
+
+def share_out_over_gloo(worker) -> bool:
+    """Whether the batch is shared out; vLLM's own way between CPU workers carries no token ids."""
+    from vllm.distributed import get_tp_group
+
+    get_tp_group().device_communicator.dist_module = torch.distributed
+    return worker.model_runner.batch_sharder is not None
+
+
+def test_mixed_batch_equals_reference(trio, expected):
+    with running(**trio) as llm:
+        assert tokens_of(generate(llm, ALL)) == expected
+        # As a GPU engine does before the first request; here it only has to leave no trace.
+        llm.collective_rpc(lambda worker: worker.model_runner.warm_up_sampler())
+        assert tokens_of(generate(llm, [0, 4])) == [expected[0], expected[4]]
+
+
+def test_two_ranks(trio, expected, two_ranks):
+    """Every path over two shards: stored logits, head weights, one gathered distribution."""
+    with running(**trio, **two_ranks, fused_head_max_batch=2) as llm:
+        llm.collective_rpc(count_fused_heads)
+        assert tokens_of(generate(llm, ALL)) == expected
+        assert llm.collective_rpc(fused_head_rows) == [[], []]
+
+        llm.collective_rpc(count_exchanges)
+        assert tokens_of(generate(llm, [0, 1])) == expected[:2]
+        (rows, also) = llm.collective_rpc(fused_head_rows)
+        assert rows == also and len(rows) >= TOKENS and max(rows) == 2
+        # A score and a token for each row, and nothing else.
+        assert llm.collective_rpc(count_exchanges) == [(len(rows), 16 * sum(rows))] * 2
+
+        assert tokens_of(generate(llm, [0, 1, 5], logprobs=1)) == [expected[i] for i in (0, 1, 5)]
+
+
+def test_ranks_that_share_out_the_batch(trio, expected, two_ranks):
+    """vLLM's batch-sharded sampling: each rank samples half of the rows, from whole logits."""
+    plain = [0, 1, 5]  # vLLM's own top-k and top-p kernel does not run in the interpreter
+    with running(**trio, **two_ranks, enable_batch_sharded_sampling=True) as llm:
+        assert all(llm.collective_rpc(share_out_over_gloo))
+        assert tokens_of(generate(llm, plain)) == [expected[i] for i in plain]
 
 
 def test_special_rows_leave_the_others_on_the_fused_path(trio, expected, monkeypatch):
@@ -87,13 +117,13 @@ def test_special_rows_leave_the_others_on_the_fused_path(trio, expected, monkeyp
         return fused(base, *args, **kwargs)
 
     monkeypatch.setattr(sampler, "proxy_sample", counted)
-    sampling = [params(r, a) for r, a in zip(ROWS, ALPHAS)]
+    sampling = [params(row) for row in ALL]
     # Logprobs do not change what is drawn; vLLM's sampler must draw the same from the same noise.
-    sampling[1] = params(ROWS[1], ALPHAS[1], logprobs=3)
-    sampling[5] = params(ROWS[5], ALPHAS[5], logprobs=0)
+    sampling[1] = params(1, logprobs=3)
+    sampling[5] = params(5, logprobs=0)
     with running(**trio) as llm:
         outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling, use_tqdm=False)
-    assert [list(o.outputs[0].token_ids) for o in outputs] == expected
+    assert tokens_of(outputs) == expected
     assert len(fused_rows) >= TOKENS
     for i, output in enumerate(outputs):
         asked = sampling[i].logprobs
@@ -104,41 +134,24 @@ def test_special_rows_leave_the_others_on_the_fused_path(trio, expected, monkeyp
                 assert token in step and len(step) >= max(asked, 1)
 
 
-def test_tokens_drawn_from_head_weights(trio, expected, monkeypatch):
+def test_tokens_drawn_from_head_weights(trio, expected):
     """Rows without filters, once below and once above the batch that the option names."""
-    import proxy_vllm.heads as heads
-
-    calls = []
-    fused = heads.fused_head_sample
-
-    def counted(hidden, *args, **kwargs):
-        calls.append(hidden[0].shape[0])
-        return fused(hidden, *args, **kwargs)
-
-    monkeypatch.setattr(heads, "fused_head_sample", counted)
     with running(**trio, fused_head_max_batch=2) as llm:
+        llm.collective_rpc(count_fused_heads)
         for rows in ([0, 1], [0, 1, 0]):
-            outputs = llm.generate(
-                [{"prompt_token_ids": PROMPTS[i]} for i in rows],
-                [params(ROWS[i], ALPHAS[i]) for i in rows],
-                use_tqdm=False,
-            )
-            assert [list(o.outputs[0].token_ids) for o in outputs] == [expected[i] for i in rows]
+            assert tokens_of(generate(llm, rows)) == [expected[i] for i in rows]
+        (calls,) = llm.collective_rpc(fused_head_rows)
     assert len(calls) >= TOKENS and max(calls) <= 2
 
 
 def test_batch_of_special_rows_only(trio, expected):
     plain = [0, 1, 5]  # vLLM's own top-k and top-p kernel does not run in the interpreter
     with running(**trio) as llm:
-        outputs = llm.generate(
-            [{"prompt_token_ids": PROMPTS[i]} for i in plain],
-            [params(ROWS[i], ALPHAS[i], logprobs=1) for i in plain],
-            use_tqdm=False,
-        )
-    assert [list(o.outputs[0].token_ids) for o in outputs] == [expected[i] for i in plain]
+        outputs = generate(llm, plain, logprobs=1)
+    assert tokens_of(outputs) == [expected[i] for i in plain]
 
 
-def test_shards_of_members_padded_to_other_vocabularies(tmp_path, monkeypatch):
+def test_shards_of_members_padded_to_other_vocabularies(tmp_path, two_ranks):
     """vLLM pads 111 columns to 128 and 200 to 256: two ranks split them at 64 and at 128."""
     from reference_loop import greedy
     from tiny_models import make_model
@@ -150,10 +163,11 @@ def test_shards_of_members_padded_to_other_vocabularies(tmp_path, monkeypatch):
         "antiexpert": make_model(tmp_path / "antiexpert", seed=3, **small),
     }
     models = Trio.load(trio["model"], trio["expert"], trio["antiexpert"], torch.float32)
-    row = {"temperature": 0.0}
     want = [greedy(models, p, TOKENS, a)[0] for p, a in zip(PROMPTS, ALPHAS)]
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    with running(**trio, tensor_parallel_size=2) as llm:
-        assert generate(llm, [params(row, a) for a in ALPHAS]) == want
+    asked = {"temperature": 0.0}
+    with running(**trio, **two_ranks, fused_head_max_batch=8) as llm:
+        assert tokens_of(generate(llm, ALL, **asked)) == want
+        # Rows of the three heads do not lie side by side, so logits are stored.
+        assert llm.collective_rpc(lambda w: w.model_runner.model.fused_heads) == [None, None]
         # Logprobs take the other path: one gathered distribution.
-        assert generate(llm, [params(row, a, logprobs=2) for a in ALPHAS]) == want
+        assert tokens_of(generate(llm, ALL, **asked, logprobs=2)) == want

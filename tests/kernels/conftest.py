@@ -41,14 +41,6 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quick_interpreter(device: torch.device) -> None:
-    if device.type == "cpu" and cpu_runner() == "v2":
-        import interpreter_speed
-
-        interpreter_speed.install()
-
-
 @pytest.fixture(autouse=True)
 def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scratch memory starts as NaN (integers: a huge value), so that unwritten results show."""

@@ -20,7 +20,7 @@ class Case:
     def arguments(self) -> tuple[torch.Tensor, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
 
-    def to(self, device: torch.device) -> "Case":
+    def to(self, device: torch.device | str) -> "Case":
         return Case(*(tensor.to(device) for tensor in self.arguments()))
 
 
@@ -70,6 +70,26 @@ def make_filters(rows: int, *, seed: int = 1, kinds: str = "kpm") -> dict[str, t
     return dict(named[kind] for kind in kinds)
 
 
+HIDDEN_SIZES = (96, 40, 72)  # of base, expert, antiexpert
+
+
+def make_heads(
+    rows: int,
+    vocabs: tuple[int, int, int],
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int] = HIDDEN_SIZES,
+    seed: int = 0,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Hidden states 3 x [rows, d_m] and head weights 3 x [V_m, d_m]."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = [torch.randn(rows, d, generator=generator).to(dtype) for d in sizes]
+    weights = [
+        (torch.randn(v, d, generator=generator) * 2 / d**0.5).to(dtype)
+        for v, d in zip(vocabs, sizes)
+    ]
+    return hidden, weights
+
+
 def assert_tokens(tokens: torch.Tensor, case: Case, tolerance: float = 2e-4, **filters) -> None:
     """Every token is the argmax of the float64 reference, up to float32 rounding of its score."""
     tokens = tokens.cpu()
@@ -83,5 +103,5 @@ def assert_tokens(tokens: torch.Tensor, case: Case, tolerance: float = 2e-4, **f
     assert not wrong.any(), (wrong.nonzero().flatten(), best[wrong] - reached[wrong])
 
 
-def on(device: torch.device, filters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def on(device: torch.device | str, filters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in filters.items()}

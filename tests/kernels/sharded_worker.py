@@ -5,16 +5,26 @@ import sys
 from pathlib import Path
 
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-sys.path.insert(0, str(Path(__file__).parent))
-os.environ.setdefault("PROXY_VLLM_CPU_RUNNER", "v2")
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import torch  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("PROXY_VLLM_CPU_RUNNER", "v2")
 
 import proxy_vllm  # noqa: E402, F401  # isort: skip
 import interpreter_speed  # noqa: E402
-import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from kernel_cases import make_case, make_filters  # noqa: E402
+from kernel_cases import make_case, make_filters, make_heads, on  # noqa: E402
 
-from proxy_vllm.kernels.sharded import Exchange, ShardedSampler, realign_columns  # noqa: E402
+from proxy_vllm.kernels.fused_head import fused_head_sample  # noqa: E402
+from proxy_vllm.kernels.sharded import (  # noqa: E402
+    Exchange,
+    ShardedSampler,
+    merge_ranks,
+    realign_columns,
+)
 
 
 def even(columns: int, padded: int) -> list[tuple[int, int]]:
@@ -24,12 +34,13 @@ def even(columns: int, padded: int) -> list[tuple[int, int]]:
 
 
 def main() -> None:
-    interpreter_speed.install()
+    if DEVICE == "cpu":
+        interpreter_speed.install()
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
     )
     job = torch.load(folder / "job.pt")
-    case = make_case(**job["case"])
+    case = make_case(**job["case"]).to(DEVICE)
     bounds = [tuple(pair) for pair in job["bounds"][str(world)]]
     start, end = bounds[rank]
     exchange = Exchange()
@@ -53,23 +64,36 @@ def main() -> None:
             *case.arguments()[3:],
             vocab_start=start,
             vocab_size=case.base.shape[1],
-            **make_filters(case.base.shape[0], kinds=kinds),
+            **on(DEVICE, make_filters(case.base.shape[0], kinds=kinds)),
         )
-        results.append((tokens, exchange.calls, exchange.bytes_sent))
+        results.append((tokens.cpu(), exchange.calls, exchange.bytes_sent))
     exchange.calls = exchange.bytes_sent = 0
     logprobs = sampler.logprobs(
         *shards,
         case.alpha,
-        results[0][0],
+        results[0][0].to(DEVICE),
         5,
         vocab_start=start,
         vocab_size=case.base.shape[1],
     )
+    logprob_traffic = exchange.calls, exchange.bytes_sent
+    exchange.calls = exchange.bytes_sent = 0
+    head_tokens = None
+    if all(low < high for low, high in bounds):
+        hidden, weights = make_heads(case.base.shape[0], job["heads"], torch.float32)
+        tokens, scores = fused_head_sample(
+            [h.to(DEVICE) for h in hidden],
+            [w[start:end].to(DEVICE) for w in weights],
+            *case.arguments()[3:],
+            vocab_start=start,
+        )
+        head_tokens = merge_ranks(exchange, scores, tokens).cpu()
     torch.save(
         {
             "results": results,
-            "logprobs": logprobs,
-            "logprob_traffic": (exchange.calls, exchange.bytes_sent),
+            "logprobs": [tensor.cpu() for tensor in logprobs],
+            "logprob_traffic": logprob_traffic,
+            "heads": (head_tokens, exchange.calls, exchange.bytes_sent),
             "realign": (realign_calls, realign_bytes),
         },
         folder / f"rank{rank}.pt",

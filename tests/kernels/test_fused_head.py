@@ -4,23 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_cases import Case, assert_tokens, make_case
+from kernel_cases import Case, assert_tokens, make_case, make_heads
 
 from proxy_vllm.kernels import reference
 from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.fused_head import fused_head_sample, head_weight, supports
-
-SIZES = (96, 40, 72)  # hidden sizes of base, expert, antiexpert
-
-
-def make_heads(rows, vocabs, dtype, sizes=SIZES, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    hidden = [torch.randn(rows, d, generator=generator).to(dtype) for d in sizes]
-    weights = [
-        (torch.randn(v, d, generator=generator) * 2 / d**0.5).to(dtype)
-        for v, d in zip(vocabs, sizes)
-    ]
-    return hidden, weights
 
 
 def with_logits(case: Case, hidden, weights, caps=(0, 0, 0), scales=(1, 1, 1)) -> Case:

@@ -232,3 +232,20 @@ def test_no_rows(device):
     case = make_case(0, 111).to(device)
     tokens = proxy_sample(*case.arguments())
     assert tokens.shape == (0,) and tokens.dtype == torch.int64
+
+
+def test_kinds_of_batches():
+    """One batch of every tile and number of pivots that a launch can have, the smallest first."""
+    from proxy_vllm.kernels.combine_sample import SampleLaunch, batch_kinds, few_programs
+
+    def kind(rows, cols):
+        case = make_case(1, 5)
+        wide = [t.expand(rows, 5)[:, :1].expand(rows, cols) for t in case.arguments()[:3]]
+        launch = SampleLaunch(*wide, *case.arguments()[3:])
+        return launch.tile, few_programs(launch.num_rows, launch.num_tiles)
+
+    for cols in (37, 4099, 128256):
+        sizes = batch_kinds(300, cols)
+        kinds = [kind(rows, cols) for rows in sizes]
+        assert sizes[0] == 1 and len(set(kinds)) == len(kinds)
+        assert {kind(rows, cols) for rows in range(1, 301)} == set(kinds)

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import make_case, make_filters
+from kernel_cases import make_case, make_filters, make_heads, on
 
 from proxy_vllm.kernels import reference
 from proxy_vllm.kernels.combine_sample import proxy_sample
-from proxy_vllm.kernels.sharded import Exchange, ShardedSampler, merge_shards, realign_columns
+from proxy_vllm.kernels.fused_head import fused_head_sample
+from proxy_vllm.kernels.sharded import (
+    Exchange,
+    ShardedSampler,
+    changes_rank,
+    merge_shards,
+    realign_columns,
+)
 
 ROWS, VOCAB = 5, 333
 KINDS = ["", "m", "k", "p", "kpm"]
@@ -20,6 +27,7 @@ BOUNDS = {
     "2": [(0, 100), (100, VOCAB)],
     "4": [(0, 150), (150, 151), (151, VOCAB), (VOCAB, VOCAB)],
 }
+HEADS = (VOCAB, VOCAB + 17, VOCAB - 9)
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
 
@@ -28,7 +36,7 @@ def ranks(request, tmp_path_factory):
     """What every rank reports; with 2 ranks the small members start on boundaries of their own."""
     world, realign = request.param
     folder = tmp_path_factory.mktemp(f"ranks{world}")
-    job = {"case": CASE, "bounds": BOUNDS, "kinds": KINDS, "realign": realign}
+    job = {"case": CASE, "bounds": BOUNDS, "kinds": KINDS, "realign": realign, "heads": HEADS}
     torch.save(job, folder / "job.pt")
     processes = [
         subprocess.Popen(
@@ -47,11 +55,12 @@ def ranks(request, tmp_path_factory):
     return world, [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
 
 
-def test_tokens_equal_the_unsharded_ones(ranks):
+def test_tokens_equal_the_unsharded_ones(ranks, device):
     world, reports = ranks
-    case = make_case(**CASE)
+    case = make_case(**CASE).to(device)
     for index, kinds in enumerate(KINDS):
-        want = proxy_sample(*case.arguments(), **make_filters(ROWS, kinds=kinds))
+        filters = on(device, make_filters(ROWS, kinds=kinds))
+        want = proxy_sample(*case.arguments(), **filters).cpu()
         for report in reports:
             assert torch.equal(report["results"][index][0], want), (world, kinds)
 
@@ -95,13 +104,34 @@ def test_realigning_moves_only_the_columns_that_change_rank(ranks):
     assert reports[1]["realign"] == (2, 0)
 
 
-def test_one_rank_needs_no_process_group():
-    case = make_case(**CASE)
+def test_head_weights_over_ranks(ranks, device):
+    """Each rank reads its rows of the three heads; the kernels refuse a rank without any."""
+    world, reports = ranks
+    if world != 2:
+        assert reports[0]["heads"][0] is None
+        return
+    case = make_case(**CASE).to(device)
+    hidden, weights = ([t.to(device) for t in ts] for ts in make_heads(ROWS, HEADS, torch.float32))
+    want, _ = fused_head_sample(hidden, weights, *case.arguments()[3:])
+    for tokens, calls, sent in (report["heads"] for report in reports):
+        assert torch.equal(tokens, want.cpu())
+        assert (calls, sent) == (1, ROWS * 16)
+
+
+def test_columns_that_change_rank():
+    base = [(0, 64), (64, 111)]
+    assert not changes_rank([(0, 64), (64, 100)], base)  # a shorter vocabulary
+    assert not changes_rank([(0, 64), (64, 128)], base)
+    assert changes_rank([(0, 128), (128, 200)], base)
+    assert changes_rank([(0, 60), (60, 111)], base)
+
+
+def test_one_rank_needs_no_process_group(device):
+    case = make_case(**CASE).to(device)
     sampler = ShardedSampler(Exchange())
-    tokens = sampler.sample(
-        *case.arguments(), vocab_start=0, vocab_size=VOCAB, **make_filters(ROWS)
-    )
-    assert torch.equal(tokens, proxy_sample(*case.arguments(), **make_filters(ROWS)))
+    filters = on(device, make_filters(ROWS))
+    tokens = sampler.sample(*case.arguments(), vocab_start=0, vocab_size=VOCAB, **filters)
+    assert torch.equal(tokens, proxy_sample(*case.arguments(), **filters))
     whole = realign_columns(case.base, [(0, VOCAB)], [(0, VOCAB)], Exchange())
     assert torch.equal(whole, case.base)
 

@@ -94,6 +94,27 @@ def test_arguments_that_cannot_be_honoured(kwargs, tokens, named):
         )
 
 
+@pytest.mark.parametrize(
+    "on_cpu, kwargs, named",
+    [
+        (True, {}, "no CUDA graphs on a CPU"),
+        (False, {"enforce_eager": True}, "--enforce-eager"),
+        (False, {"tensor_parallel_size": 2}, "--tensor-parallel-size"),
+    ],
+)
+def test_graphs_of_the_sampler_are_refused_where_they_would_do_nothing(
+    monkeypatch, on_cpu, kwargs, named
+):
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: on_cpu)
+    asked = ProxyConfig(**MEMBERS, sampler_cuda_graphs=True)
+    with pytest.raises(UserError, match=r"^--sampler-cuda-graphs: ") as refused:
+        apply_to_engine_args({"model": "b", **kwargs}, asked)
+    assert named in str(refused.value)
+    apply_to_engine_args({"model": "b", **kwargs}, ProxyConfig(**MEMBERS))
+
+
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if k != "PROXY_VLLM_CPU_RUNNER"}
     return subprocess.run(
