@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.distributed import get_pp_group
+from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -24,6 +25,8 @@ class ProxyCPUModelRunner(CPUModelRunner):
     def __init__(self, vllm_config, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.proxy_config = ProxyConfig.from_vllm_config(vllm_config)
+        # Alpha of each request, and the parameters that it was read from.
+        self.alphas: dict[str, tuple[SamplingParams | None, float]] = {}
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -35,13 +38,22 @@ class ProxyCPUModelRunner(CPUModelRunner):
                 device=self.device,
             )
 
+    def _batch_alphas(self) -> np.ndarray:  # [num_reqs] float32
+        """Alpha of each row. A request's is read once, unless its parameters are replaced."""
+        if len(self.alphas) > 2 * self.max_num_reqs:
+            self.alphas = {r: known for r, known in self.alphas.items() if r in self.requests}
+        alphas = []
+        for req_id in self.input_batch.req_ids:
+            params = self.requests[req_id].sampling_params
+            known = self.alphas.get(req_id)
+            if known is None or known[0] is not params:
+                known = self.alphas[req_id] = params, worker_alpha(self.proxy_config, params)
+            alphas.append(known[1])
+        return np.array(alphas, dtype=np.float32)
+
     def _model_forward(self, *args: Any, positions: torch.Tensor, **kwargs: Any) -> Any:
-        req_ids = self.input_batch.req_ids
-        alphas = np.array(
-            [worker_alpha(self.proxy_config, self.requests[r].sampling_params) for r in req_ids],
-            dtype=np.float32,
-        )
-        tokens = np.diff(self.query_start_loc.np[: len(req_ids) + 1])
+        alphas = self._batch_alphas()
+        tokens = np.diff(self.query_start_loc.np[: len(alphas) + 1])
         alpha = torch.full((positions.shape[-1],), self.proxy_config.alpha, dtype=torch.float32)
         alpha[: tokens.sum()] = torch.from_numpy(np.repeat(alphas, tokens))
         return super()._model_forward(*args, positions=positions, alpha=alpha, **kwargs)

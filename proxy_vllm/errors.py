@@ -1,5 +1,22 @@
 """Errors that a user can mend: the command line shows their text alone, without a traceback."""
 
+from typing import Any
+
 
 class UserError(ValueError):
     """Bad input or set-up. The message names the culprit and the way out, in one line."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line; of pydantic's, what is wrong and not where its manual is."""
+    errors = getattr(error, "errors", None)
+    text = "; ".join(map(_fault, errors())) if callable(errors) else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _fault(found: dict[str, Any]) -> str:
+    """One of pydantic's errors: its own of a field, or what a validator said."""
+    message, place = str(found["msg"]), found.get("loc")
+    if message.startswith("Value error, ") or not place:
+        return message.removeprefix("Value error, ")
+    return f"{place[0]} is {found.get('input')!r}: {message}"

@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embed
 from vllm.transformers_utils.config import get_config
 from vllm.v1.attention.backend import subclass_attention_backend
 
-from proxy_vllm.config import ROLES, ProxyConfig
+from proxy_vllm.config import CONFIG_KEY, ROLES, ProxyConfig
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -50,6 +50,10 @@ def member_vllm_configs(vllm_config: VllmConfig, proxy: ProxyConfig) -> dict[str
 
     ``compilation_config`` stays the same object, so all attention layers register in one
     ``static_forward_context`` and vLLM pages the three caches with one block table.
+
+    ``additional_config`` enters the key of vLLM's cache of compiled graphs. A member's graph holds
+    its layers' names, so two roles must not share one, though they be the same model; alpha and
+    the like are in no graph. The cache also has one folder for the whole engine, named by the base.
     """
     composite = vllm_config.model_config
     own = get_config(
@@ -73,6 +77,10 @@ def member_vllm_configs(vllm_config: VllmConfig, proxy: ProxyConfig) -> dict[str
             model_config=model_config,
             quant_config=VllmConfig.get_quantization_config(model_config, vllm_config.load_config),
         )
+    others = {k: v for k, v in vllm_config.additional_config.items() if k != CONFIG_KEY}
+    graphs = {role: config.model_config.compute_hash() for role, config in configs.items()}
+    for role, config in configs.items():
+        config.additional_config = {**others, CONFIG_KEY: {"role": role, "graphs": graphs}}
     return configs
 
 

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 
+# Rows whose logits are computed at once: a batch of generated tokens, and little memory for more.
+_LOGIT_ROWS = 1024
+
+
 class ProxyTunedForCausalLM(nn.Module, SupportsPP):
     """Base, expert and antiexpert behind vLLM's interface of a single text-generation model.
 
@@ -257,6 +261,20 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Combined logits ``[N, V]`` in float32 of rows that ``forward`` returned."""
+        if hidden_states.shape[0] <= _LOGIT_ROWS:
+            return self._combined_logits(hidden_states)
+        # Rows of prompt log-probabilities: four tensors of them at once, beside the result.
+        out = None
+        for start in range(0, hidden_states.shape[0], _LOGIT_ROWS):
+            part = self._combined_logits(hidden_states[start : start + _LOGIT_ROWS])
+            if part is None:
+                return None
+            if out is None:
+                out = part.new_empty(hidden_states.shape[0], part.shape[1])
+            out[start : start + _LOGIT_ROWS] = part
+        return out
+
+    def _combined_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         hidden, alpha = self.unpack(hidden_states)
         logits = self.logits_for_sampling(hidden)
         if not isinstance(logits, Shards) and logits[0] is None:

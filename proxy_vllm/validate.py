@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from proxy_vllm.config import ROLES, ProxyConfig
-from proxy_vllm.errors import UserError
+from proxy_vllm.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -18,9 +18,17 @@ T = TypeVar("T")
 _FILE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "mistral", "npcache", "pt")
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 
-# Model arguments that a composite of three models cannot honour.
+# Methods of speculation that need the target's tokens alone.
+_DRAFTS_FROM_TOKENS = ("draft_model", "ngram", "suffix")
+
+_LORA = "LoRA adapters: merge the adapter into the member, or use it as the expert"
+_MICROBATCHES = "microbatches: vLLM would not cut the rows' alphas along"
+# Arguments that a composite of three models cannot honour.
 _REFUSED = {
-    "enable_lora": "LoRA adapters: merge the adapter into the member, or use it as the expert",
+    "enable_lora": _LORA,
+    "lora_modules": _LORA,
+    "enable_dbo": _MICROBATCHES,
+    "ubatch_size": _MICROBATCHES,
     "enable_prompt_embeds": "prompt embeddings: three models have three embedding spaces",
     "runner": "",
     "convert": "",
@@ -30,9 +38,14 @@ _REFUSED = {
 def _reading(role: str, name: str, read: Callable[[], T]) -> T:
     """Run ``read``; turn whatever it raises into one line that names the member."""
     local = Path(name)
-    if local.is_absolute() or name.startswith("."):
+    if local.is_absolute() or name.startswith((".", "~")) or local.exists():
         if not local.exists():
             raise UserError(f"{role} {name!r}: no such folder")
+        if local.is_file():
+            raise UserError(
+                f"{role} {name!r} is a file: name the model's folder, with config.json and weights"
+                " in safetensors or PyTorch's format (GGUF has to be converted)"
+            )
         if local.is_dir() and not (local / "config.json").exists():
             raise UserError(f"{role} {name!r}: the folder holds no config.json")
     try:
@@ -40,7 +53,7 @@ def _reading(role: str, name: str, read: Callable[[], T]) -> T:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         if len(reason) > 400:
             reason = reason[:400] + " ..."
         raise UserError(f"{role} {name!r} cannot be used: {reason}") from error
@@ -65,7 +78,7 @@ def validate_trio(
     """
     for name, why in _REFUSED.items():
         value = kwargs.get(name)
-        if value in (None, False, "auto") or (name, value) in (
+        if value in (None, False, 0, "auto") or (name, value) in (
             ("runner", "generate"),
             ("convert", "none"),
         ):
@@ -74,6 +87,7 @@ def validate_trio(
             f"{name}={value!r} is not supported by a proxy-tuned model"
             + (f": {why}" if why else "")
         )
+    check_speculation(kwargs.get("speculative_config"))
     configs = member_configs(kwargs, proxy)
     for role, config in configs.items():
         check_architecture(role, config)
@@ -181,6 +195,17 @@ def _is_whole_safetensors(file: Path) -> bool:
     return size == 8 + header_size + max(ends, default=0)
 
 
+def check_speculation(speculative_config: Any) -> None:
+    """Refuse drafts that are made from the target's hidden states: here there are three."""
+    method = speculative_config.get("method") if isinstance(speculative_config, dict) else None
+    if method not in (None, *_DRAFTS_FROM_TOKENS):
+        raise UserError(
+            f"--speculative-config with method {method!r} drafts from one model's hidden states,"
+            f" and a proxy-tuned model has three: use {', '.join(_DRAFTS_FROM_TOKENS)}, or"
+            " --speculative-tokens"
+        )
+
+
 def check_draft_vocabulary(configs: "dict[str, ModelConfig]") -> None:
     """Refuse an expert that cannot draft, because vLLM wants one vocabulary size for that."""
     base, expert = (configs[role].get_vocab_size() for role in ("base", "expert"))
@@ -199,6 +224,8 @@ def _fit_length(asked: int | str | None, configs: "dict[str, ModelConfig]") -> i
     shortest = min(limits, key=lambda role: limits[role])
     if asked in (None, -1, "auto"):
         return limits[shortest] if limits[shortest] < limits["base"] else None
+    if int(asked) < 1:
+        raise UserError(f"--max-model-len is {asked}: it must be at least 1, or auto")
     # vLLM lets a user stretch the base, and no other model.
     stretched = ("base",) if vllm.envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN else ()
     for role, limit in limits.items():

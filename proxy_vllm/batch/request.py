@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.config import ALPHA_KEY, ROLES, ProxyConfig
-from proxy_vllm.errors import UserError
+from proxy_vllm.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -29,10 +29,6 @@ _OWN_FIELDS = ("id", "prompt", "messages", ALPHA_KEY)
 
 # vLLM's server answers this where a log-probability is minus infinity, which JSON cannot say.
 _LOWEST_LOGPROB = -9999.0
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def id_of(number: int, data: dict[str, Any]) -> str | int:

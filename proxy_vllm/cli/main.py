@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 import proxy_vllm
-from proxy_vllm.errors import UserError
+from proxy_vllm.errors import UserError, one_line
 
 # One module a subcommand. Only the one that runs is imported: vLLM's options take seconds to load.
 SUBCOMMANDS = {
@@ -50,11 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         _fail(str(error))
     except Exception as error:
-        if not _is_refusal(error):
+        reason = _refusal(error)
+        if reason is None or os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG":
             raise
-        if os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG":
-            raise
-        _fail(" ".join(str(error).split()) + " (VLLM_LOGGING_LEVEL=DEBUG shows where)")
+        _fail(f"{reason} (VLLM_LOGGING_LEVEL=DEBUG shows where)")
 
 
 def _run(argv: list[str]) -> None:
@@ -81,12 +80,16 @@ def _dispatch(argv: list[str], parser: argparse.ArgumentParser) -> None:
     args.dispatch_function(args)
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether vLLM raised this to say that an option or an input cannot be used."""
-    if isinstance(error, ValueError):
-        return True
+def _refusal(error: Exception) -> str | None:
+    """One line, if vLLM raised this to say that an option, a file or an input cannot be used."""
     exceptions = sys.modules.get("vllm.exceptions")
-    return exceptions is not None and isinstance(error, exceptions.VLLMClientError)
+    client_errors = (exceptions.VLLMClientError,) if exceptions is not None else ()
+    if isinstance(error, (ValueError, OSError, *client_errors)):
+        return one_line(error)
+    # Another process has logged the cause, with its own traceback.
+    if isinstance(error, RuntimeError) and str(error).startswith("Engine core init"):
+        return "the engine did not start: its last messages above name the cause"
+    return None
 
 
 def _fail(message: str) -> None:

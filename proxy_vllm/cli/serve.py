@@ -25,6 +25,11 @@ class ProxyServeSubcommand(ServeSubcommand):
     def subparser_init(self, subparsers: argparse._SubParsersAction) -> FlexibleArgumentParser:
         parser = super().subparser_init(subparsers)
         parser.usage = "proxy-vllm serve BASE --expert E --antiexpert A [options of vllm serve]"
+        # After its first paragraph, which names a model of its own choice, how to search the help.
+        _, _, search = (parser.description or "").partition("\n\n")
+        parser.description = (
+            f"Serve a proxy-tuned model over HTTP, with the routes of OpenAI's API.\n\n{search}"
+        )
         add_proxy_arguments(parser)
         # vLLM's default, 0, cuts off what is running on SIGTERM.
         parser.set_defaults(shutdown_timeout=DRAIN_SECONDS)

@@ -83,6 +83,14 @@ def folders(tmp_path_factory) -> dict[str, str]:
     config = json.loads((root / "odd/config.json").read_text())
     config["architectures"] = ["LlamaForFortuneTelling"]
     (root / "odd/config.json").write_text(json.dumps(config))
+    made["weight file"] = str(root / "expert/model.safetensors")
+    made["config alone"] = str(root / "alone")
+    (root / "alone").mkdir()
+    (root / "alone/config.json").write_text((root / "expert/config.json").read_text())
+    made["odd quantization"] = make_model(root / "odd_quantization", **SMALL)
+    config = json.loads((root / "odd_quantization/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "frobnicate"}
+    (root / "odd_quantization/config.json").write_text(json.dumps(config))
     window = transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=32)
     made["window"] = str(root / "window")
     transformers.MistralForCausalLM(window).save_pretrained(root / "window")
@@ -147,6 +155,23 @@ CASES = {
         ["expert", "three", "3 attention heads", "--tensor-parallel-size 2"],
     ),
     "lora": ({}, ["--enable-lora"], ["enable_lora", "LoRA", "merge"]),
+    "lora modules": ({}, ["--lora-modules", "a=/b"], ["lora_modules", "LoRA", "merge"]),
+    "microbatches": ({}, ["--ubatch-size", "2"], ["ubatch_size", "microbatches"]),
+    "drafts from hidden states": (
+        {},
+        ["--speculative-config", '{"method": "eagle", "model": "e", "num_speculative_tokens": 2}'],
+        ["'eagle'", "hidden states", "ngram"],
+    ),
+    "a file": ({"expert": "weight file"}, [], ["expert", "model.safetensors", "is a file"]),
+    "no weights, no tokenizer": ({"expert": "config alone"}, [], ["expert", "no weights"]),
+    "unknown quantization": (
+        {"expert": "odd quantization"},
+        [],
+        ["expert", "odd_quantization", "frobnicate"],
+    ),
+    "another task": ({}, ["--runner", "pooling"], ["runner='pooling'"]),
+    "negative length": ({}, ["--max-model-len", "-5"], ["--max-model-len is -5", "at least 1"]),
+    "missing options file": ({}, ["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
     "own worker": ({}, ["--worker-cls", "some.Worker"], ["worker_cls", "some.Worker"]),
     "alpha nan": ({}, ["--alpha", "nan"], ["alpha", "'nan'", "finite"]),
     "alpha inf": ({}, ["--alpha=-inf"], ["alpha", "'-inf'", "finite"]),

@@ -87,6 +87,35 @@ def test_preemption(llm, reference):
     assert counter(llm, "vllm:num_preemptions") > before
 
 
+def test_preempted_requests_go_on_with_their_random_numbers(llm):
+    """Eight seeded requests outgrow their block after a few tokens, and the cache has no two each.
+
+    Alone, none of them is preempted.
+    """
+    from vllm import SamplingParams
+
+    lengths = [BLOCK - 2 - i % 3 for i in range(8)]
+    prompts = [{"prompt_token_ids": p} for p in prompt_ids(lengths, seed=27)]
+    params = [
+        SamplingParams(
+            temperature=1.0,
+            seed=5 + i,
+            max_tokens=8,
+            ignore_eos=True,
+            extra_args={"proxy_alpha": 1.5 - 0.5 * i},
+        )
+        for i in range(8)
+    ]
+    llm.reset_prefix_cache()
+    alone = [llm.generate(p, s, use_tqdm=False)[0] for p, s in zip(prompts, params)]
+    llm.reset_prefix_cache()
+    before = counter(llm, "vllm:num_preemptions")
+    together = llm.generate(prompts, params, use_tqdm=False)
+    assert counter(llm, "vllm:num_preemptions") > before
+    for one, other in zip(alone, together):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
 def test_a_refused_alpha_harms_no_other_request(llm, reference):
     from proxy_vllm.errors import UserError
 

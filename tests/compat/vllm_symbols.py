@@ -1,0 +1,311 @@
+"""Every symbol of vLLM that proxy_vllm relies on beyond what it imports: the table of the tests.
+
+Add a line with the code that needs it. Names are looked up in a class and in those that it inherits
+from: methods, properties, fields, and attributes that some method of theirs sets.
+"""
+
+# vLLM class or NamedTuple -> our file -> names that it reads, sets or calls.
+ATTRIBUTES: dict[str, dict[str, str]] = {
+    "vllm.config:VllmConfig": {
+        "members.py": "additional_config compute_hash get_quantization_config load_config"
+        " model_config quant_config with_hf_config",
+        "model.py": "parallel_config",
+        "model_state.py": "speculative_config watermark_config",
+        "own_prompts/prompts.py": "compilation_config kv_transfer_config scheduler_config"
+        " use_v2_model_runner",
+        "own_prompts/scheduler.py": "cache_config",
+    },
+    "vllm.config:ModelConfig": {
+        "members.py": "allow_deprecated_quantization code_revision compute_hash config_format"
+        " disable_sliding_window dtype enforce_eager hf_config hf_config_path hf_token"
+        " max_model_len model revision seed skip_tokenizer_init tokenizer_mode trust_remote_code",
+        "model.py": "get_vocab_size",
+        "validate.py": "get_sliding_window get_total_num_kv_heads hf_text_config is_attention_free"
+        " is_encoder_decoder is_hybrid is_multimodal_model model_arch_config runner_type tokenizer"
+        " use_mla",
+        "batch/generator.py": "get_diff_sampling_param",
+    },
+    "vllm.transformers_utils.model_arch_config_convertor:ModelArchitectureConfig": {
+        "validate.py": "total_num_attention_heads"
+    },
+    "vllm.config:ParallelConfig": {
+        "model.py": "pipeline_parallel_size",
+        "own_prompts/prompts.py": "decode_context_parallel_size enable_expert_parallel"
+        " prefill_context_parallel_size use_ubatching",
+    },
+    "vllm.config:LoadConfig": {"worker.py": "load_format"},
+    "vllm.config:CompilationConfig": {"own_prompts/prompts.py": "mode"},
+    "vllm.config:SchedulerConfig": {
+        "batch/generator.py": "max_num_seqs",
+        "own_prompts/prompts.py": "scheduler_cls",
+        "own_prompts/scheduler.py": "async_scheduling",
+    },
+    "vllm.config:CacheConfig": {"own_prompts/scheduler.py": "prefix_caching_hash_algo"},
+    "vllm.forward_context:ForwardContext": {"model.py": "slot_mapping"},
+    "vllm.sequence:IntermediateTensors": {"model.py": "items tensors"},
+    "vllm.distributed.parallel_state:GroupCoordinator": {
+        "heads.py": "device_group rank_in_group world_size",
+        "model.py": "is_last_rank",
+        "cpu_worker.py": "is_first_rank",
+    },
+    "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead": {
+        "heads.py": "num_embeddings_per_partition org_vocab_size quant_method"
+    },
+    "vllm.model_executor.layers.logits_processor:LogitsProcessor": {
+        "heads.py": "head_dtype scale soft_cap"
+    },
+    "vllm.model_executor.layers.attention:Attention": {"members.py": "attn_backend"},
+    "vllm.v1.attention.backend:AttentionBackend": {"members.py": "get_builder_cls"},
+    "vllm.v1.kv_cache_interface:KVCacheConfig": {
+        "worker.py": "kv_cache_groups num_blocks",
+    },
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec": {
+        "worker.py": "kv_cache_spec",
+        "own_prompts/inputs.py": "layer_names",
+    },
+    "vllm.v1.kv_cache_interface:FullAttentionSpec": {
+        "worker.py": "block_size sliding_window",
+        "members.py": "page_size_bytes",
+    },
+    "vllm.v1.worker.gpu_worker:Worker": {
+        "worker.py": "model_runner rank use_v2_model_runner vllm_config"
+    },
+    "vllm.v1.worker.cpu_worker:CPUWorker": {"cpu_worker.py": "device model_runner"},
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner": {
+        "cpu_worker.py": "device discard_request_mask input_batch intermediate_tensors"
+        " max_num_tokens model model_config query_start_loc requests",
+        "worker.py": "get_model",
+    },
+    "vllm.v1.worker.gpu_input_batch:InputBatch": {"cpu_worker.py": "generators num_reqs req_ids"},
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": {"cpu_worker.py": "sampling_params"},
+    "vllm.v1.utils:CpuGpuBuffer": {"cpu_worker.py": "np"},
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": {
+        "runner.py": "batch_sharder device model model_state req_states sampler"
+        " structured_outputs_worker",
+        "worker.py": "get_model",
+    },
+    "vllm.v1.worker.gpu.model_runner:BatchReqState": {
+        "runner.py": "_replace decode_graph_eligible idx_mapping_np req_ids"
+    },
+    "vllm.v1.worker.gpu.states:RequestState": {
+        "runner.py": "num_computed_tokens_np",
+        "sampler.py": "prefill_len",
+    },
+    "vllm.v1.worker.gpu.structured_outputs:StructuredOutputsWorker": {
+        "runner.py": "apply_grammar_bitmask"
+    },
+    "vllm.v1.core.sched.output:GrammarOutput": {
+        "runner.py": "grammar_bitmask structured_output_request_ids"
+    },
+    "vllm.v1.worker.gpu.input_batch:InputBatch": {
+        "runner.py": "logits_indices num_draft_tokens num_reqs",
+        "sampler.py": "cu_num_logits cu_num_logits_np expanded_idx_mapping expanded_local_pos"
+        " idx_mapping idx_mapping_np num_draft_tokens_per_req num_reqs_after_padding positions"
+        " req_ids seq_lens seq_lens_cpu_upper_bound",
+        "model_state.py": "num_tokens_after_padding query_start_loc",
+        "own_prompts/inputs.py": "has_prefill input_ids is_prefilling_np"
+        " num_computed_prefill_tokens_np num_computed_tokens_np num_scheduled_tokens"
+        " num_tokens prefill_len_np prefill_runs_as_decode_np query_start_loc_np",
+    },
+    "vllm.v1.worker.gpu.sample.sampler:Sampler": {
+        "sampler.py": "compute_nans logits_processors logprob_token_ids_state"
+        " needs_logits_processing req_states return_sampling_mask sampling_states"
+        " thinking_budget_state trace_replay_state use_fp64_gumbel",
+    },
+    "vllm.v1.worker.gpu.sample.states:SamplingStates": {
+        "sampler.py": "min_p num_logprobs seeds temperature top_k top_p vocab_size"
+    },
+    "vllm.v1.worker.gpu.sample.logit_bias:LogitBiasState": {"sampler.py": "use_logit_bias"},
+    "vllm.v1.worker.gpu.sample.penalties:PenaltiesState": {"sampler.py": "use_penalty"},
+    "vllm.v1.worker.gpu.sample.bad_words:BadWordsState": {"sampler.py": "num_bad_words"},
+    "vllm.v1.worker.gpu.sample.thinking_budget:ThinkingBudgetState": {
+        "sampler.py": "use_thinking_budget"
+    },
+    "vllm.v1.worker.gpu.sample.logprob:LogprobTokenIdsState": {"sampler.py": "max_num_token_ids"},
+    "vllm.v1.worker.gpu.sample.output:SamplerOutput": {
+        "sampler.py": "logprobs_tensors num_nans num_rejected num_sampled sampled_token_ids"
+    },
+    "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor": {
+        "model_state.py": "copy_to_uva gpu np",
+    },
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState": {
+        "model_state.py": "max_num_reqs max_num_tokens model supports_prompt_embeds vllm_config"
+    },
+    "vllm.v1.core.sched.output:NewRequestData": {
+        "model_state.py": "prompt_token_ids req_id sampling_params"
+    },
+    "vllm.v1.attention.backend:AttentionCGSupport": {"model_state.py": "UNIFORM_BATCH"},
+    "vllm.config.compilation:CUDAGraphMode": {"model_state.py": "FULL NONE"},
+    "vllm.v1.worker.gpu.block_table:BlockTables": {
+        "own_prompts/inputs.py": "block_sizes compute_slot_mappings"
+    },
+    "vllm.v1.worker.utils:AttentionGroup": {"own_prompts/inputs.py": "layer_names"},
+    "vllm.v1.core.sched.scheduler:Scheduler": {
+        "own_prompts/scheduler.py": "hash_block_size max_model_len requests vllm_config"
+    },
+    "vllm.v1.core.sched.output:SchedulerOutput": {"own_prompts/scheduler.py": "scheduled_new_reqs"},
+    "vllm.v1.request:Request": {
+        "own_prompts/scheduler.py": "_all_token_ids _block_hasher all_token_ids block_hashes"
+        " max_tokens num_prompt_tokens num_tokens prefill_stats prompt_token_ids request_id"
+        " resumable sampling_params update_block_hashes"
+    },
+    "vllm.v1.metrics.stats:PrefillStats": {
+        "own_prompts/scheduler.py": "num_local_cached_tokens num_prompt_tokens set"
+    },
+    "vllm.v1.engine:EngineCoreOutputs": {"own_prompts/scheduler.py": "outputs"},
+    "vllm.v1.engine:EngineCoreOutput": {
+        "own_prompts/scheduler.py": "finish_reason new_token_ids request_id"
+    },
+    "vllm.v1.engine:FinishReason": {"own_prompts/scheduler.py": "ERROR"},
+    "vllm:LLM": {
+        "llm.py": "llm_engine",
+        "batch/generator.py": "enqueue enqueue_chat model_config request_counter",
+    },
+    "vllm.v1.engine.llm_engine:LLMEngine": {
+        "llm.py": "vllm_config",
+        "batch/generator.py": "abort_request step",
+        "batch/file_job.py": "engine_core",
+    },
+    "vllm.v1.engine.core_client:EngineCoreClient": {"batch/file_job.py": "shutdown"},
+    "vllm:RequestOutput": {
+        "batch/generator.py": "finished outputs request_id",
+        "batch/request.py": "prompt_logprobs prompt_token_ids",
+    },
+    "vllm:CompletionOutput": {"batch/request.py": "finish_reason logprobs text token_ids"},
+    "vllm.logprobs:Logprob": {"batch/request.py": "decoded_token logprob rank"},
+    "vllm:SamplingParams": {
+        "request.py": "extra_args",
+        "own_prompts/prompts.py": "prompt_logprob_token_ids prompt_logprobs",
+        "batch/request.py": "flat_logprobs output_kind output_text_buffer_length"
+        " routed_experts_prompt_start skip_clone skip_reading_prefix_cache stream_interval",
+        "cli/generate.py": "max_tokens seed temperature top_k top_p",
+    },
+    "vllm:EngineArgs": {
+        "config.py": "additional_config data_parallel_size gpu_memory_utilization hf_overrides"
+        " kv_cache_memory_bytes scheduler_cls speculative_config tensor_parallel_size worker_cls",
+        "validate.py": "convert create_model_config enable_lora enable_prompt_embeds load_format"
+        " max_model_len runner skip_tokenizer_init",
+        "cli/generate.py": "add_cli_args from_cli_args",
+        "cli/serve.py": "shutdown_timeout",
+    },
+    "vllm.entrypoints.launchers.cli_args:FrontendArgs": {
+        "cli/serve.py": "middleware",
+        "cli/arguments.py": "chat_template",
+    },
+    "vllm.entrypoints.cli.types:CLISubcommand": {"cli/main.py": "cmd name subparser_init validate"},
+}
+
+# vLLM callable -> our file -> "/n" for n positional arguments (the instance counts), and keywords.
+CALLS: dict[str, dict[str, str]] = {
+    "vllm.config:ModelConfig": {
+        "members.py": "/0 allow_deprecated_quantization config_format disable_sliding_window dtype"
+        " enforce_eager hf_token model seed skip_tokenizer_init tokenizer_mode trust_remote_code"
+    },
+    "vllm.config:VllmConfig.get_quantization_config": {"members.py": "/2"},
+    "vllm.config:VllmConfig.with_hf_config": {"members.py": "/2 architectures"},
+    "vllm.transformers_utils.config:get_config": {"members.py": "/5 token"},
+    "vllm.model_executor.model_loader:get_model_loader": {"members.py": "/1"},
+    "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights": {
+        "members.py": "/3"
+    },
+    "vllm.model_executor.model_loader.utils:initialize_model": {
+        "members.py": "/1 model_config prefix"
+    },
+    "vllm.model_executor.model_loader.weight_tying:maybe_retie_word_embeddings": {
+        "members.py": "/2"
+    },
+    "vllm.v1.attention.backend:subclass_attention_backend": {"members.py": "/3"},
+    "vllm.compilation.backends:set_model_tag": {"members.py": "/1"},
+    "vllm.model_executor.models.utils:maybe_prefix": {"model.py": "/2"},
+    "vllm.model_executor.layers.logits_processor:LogitsProcessor.forward": {
+        "heads.py": "/3 skip_gather"
+    },
+    "vllm.distributed:tensor_model_parallel_all_gather": {"heads.py": "/1"},
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler": {"model_state.py": "/3"},
+    "vllm.v1.worker.gpu.input_batch:get_num_sampled_and_rejected": {"sampler.py": "/5"},
+    "vllm.v1.worker.gpu.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask": {
+        "runner.py": "/5"
+    },
+    "vllm.utils.torch_utils:async_tensor_h2d": {"own_prompts/inputs.py": "/1 device dtype"},
+    "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings": {
+        "own_prompts/inputs.py": "/4 num_tokens_padded out"
+    },
+    "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys": {
+        "own_prompts/scheduler.py": "/4"
+    },
+    "vllm.v1.core.kv_cache_utils:hash_block_tokens": {"own_prompts/scheduler.py": "/4"},
+    "vllm.v1.metrics.stats:PrefillStats.set": {
+        "own_prompts/scheduler.py": "/1 num_external_cached_tokens num_local_cached_tokens"
+        " num_prompt_tokens"
+    },
+    "vllm:LLM.enqueue": {"batch/generator.py": "/3 use_tqdm"},
+    "vllm:LLM.enqueue_chat": {"batch/generator.py": "/3 use_tqdm"},
+    "vllm.v1.engine.llm_engine:LLMEngine.abort_request": {"batch/generator.py": "/2"},
+    "vllm.tokenizers:cached_tokenizer_from_config": {"validate.py": "/1"},
+    "vllm.benchmarks.latency:add_cli_args": {"cli/bench.py": "/1"},
+    "vllm.benchmarks.latency:main": {"cli/bench.py": "/1"},
+    "vllm.benchmarks.throughput:add_cli_args": {"cli/bench.py": "/1"},
+    "vllm.benchmarks.throughput:main": {"cli/bench.py": "/1"},
+    "vllm.benchmarks.serve:add_cli_args": {"cli/bench.py": "/1"},
+    "vllm.benchmarks.serve:main": {"cli/bench.py": "/1"},
+    "vllm.v1.worker.gpu.sample.gumbel:gumbel_noised_argmax": {
+        "kernels/tiles.py": "/6 APPLY_TEMPERATURE IS_DRAFTING USE_FP64"
+    },
+    "vllm.v1.worker.gpu.sample.gumbel:murmur3_hash32": {"kernels/tiles.py": "/3"},
+    "vllm.v1.worker.gpu.sample.gumbel:murmur3_uniform32": {"kernels/fused_head.py": "/3"},
+    "vllm.v1.worker.gpu.sample.gumbel:_log1p_neg_stable": {"kernels/fused_head.py": "/1"},
+}
+
+# Our class -> vLLM's methods that it overrides. Each must still be there, and be called as ours is.
+OVERRIDES: dict[str, str] = {
+    "proxy_vllm.cli.bench:BenchSubcommand": "cmd subparser_init",
+    "proxy_vllm.cli.demo:DemoSubcommand": "cmd subparser_init",
+    "proxy_vllm.cli.generate:GenerateSubcommand": "cmd subparser_init",
+    "proxy_vllm.cli.serve:ProxyServeSubcommand": "cmd subparser_init",
+    "proxy_vllm.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync _model_forward _sample"
+    " load_model",
+    "proxy_vllm.cpu_worker:ProxyCPUWorker": "_make_model_runner init_device",
+    "proxy_vllm.llm:ProxyLLM": "__init__ _add_request _preprocess_chat_one _preprocess_cmpl_one",
+    "proxy_vllm.model:ProxyTunedForCausalLM": "__init__ forward make_empty_intermediate_tensors",
+    "proxy_vllm.model_state:ProxyModelState": "__init__ add_request apply_staged_writes"
+    " custom_sampler get_additional_cg_support initialize_kv_cache prepare_attn"
+    " prepare_dummy_inputs prepare_inputs remove_request",
+    "proxy_vllm.own_prompts.scheduler:ProxyScheduler": "__init__ _free_request add_request schedule"
+    " update_from_output",
+    "proxy_vllm.runner:ProxyModelRunner": "gather_batch_req_state sample",
+    "proxy_vllm.sampler:ProxySampler": "__init__ add_request",
+    "proxy_vllm.worker:ProxyWorker": "_make_model_runner get_kv_cache_spec init_device"
+    " initialize_from_config load_model",
+}
+
+# vLLM function -> calls in its body that reach our overrides, and keywords that they must pass.
+HOOKS: dict[str, dict[str, str]] = {
+    "vllm.v1.worker.gpu_worker:Worker._init_workspace_and_model_runner": {
+        "self._make_model_runner": ""
+    },
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": {
+        "self._model_forward": "positions"
+    },
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": {
+        "self._sample": "",
+        "self._bookkeeping_sync": "",
+    },
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model": {
+        "self.model_state.custom_sampler": ""
+    },
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": {
+        "self.gather_batch_req_state": "",
+        "self.model_state.prepare_attn": "",
+        "self.model_state.prepare_inputs": "",
+    },
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens": {"self.sample": ""},
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests": {
+        "self.model_state.add_request": "",
+        "self.sampler.add_request": "",
+        "self.model_state.apply_staged_writes": "",
+    },
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner._remove_request": {
+        "self.model_state.remove_request": ""
+    },
+    "vllm.v1.worker.gpu.sample.sampler:Sampler.add_request": {"processor.add_request": ""},
+}
