@@ -18,6 +18,8 @@ from proxy_vllm.errors import UserError
 # `vllm.benchmarks.latency` draws its prompts' token ids below this.
 _LATENCY_TOKEN_IDS = 10_000
 
+_COUNTS = ("batch_size", "num_iters", "num_prompts", "input_len", "output_len", "n")
+
 _KINDS = {
     "latency": "seconds of one batch, offline",
     "throughput": "tokens a second of many requests, offline",
@@ -41,7 +43,9 @@ class BenchSubcommand(CLISubcommand):
             description="vLLM's own benchmarks, with their options, datasets, metrics and JSON.",
             usage="proxy-vllm bench {latency,throughput,serve} BASE [options]",
         )
-        kinds = bench_parser.add_subparsers(required=True, dest="bench_type")
+        kinds = bench_parser.add_subparsers(
+            required=True, dest="bench_type", prog="proxy-vllm bench"
+        )
         for kind, text in _KINDS.items():
             parser = kinds.add_parser(
                 kind,
@@ -107,9 +111,12 @@ def run_throughput(args: argparse.Namespace) -> None:
 
 def run_serve(args: argparse.Namespace) -> None:
     """Measure a running server, as `vllm bench serve`; the trio is the server's."""
+    _check_counts(args)
     args.model = args.model_tag or args.model
     members = [f"{role}={getattr(args, role)}" for role in ("expert", "antiexpert")]
     named = [text for text in members if not text.endswith("=None")]
+    if not args.request_rate > 0:
+        raise UserError(f"--request-rate {args.request_rate}: give requests a second, above 0")
     if args.alpha is not None:
         if not math.isfinite(args.alpha):
             raise UserError(f"--alpha is {args.alpha}: it must be a finite number")
@@ -151,6 +158,7 @@ def _enter_trio(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.output_json and not Path(args.output_json).absolute().parent.is_dir():
         raise UserError(f"--output-json {args.output_json}: no such folder to write to")
+    _check_counts(args)
     apply_to_namespace(args)
     return proxy_config(args).to_dict()
 
@@ -163,10 +171,25 @@ def _measure(kind: str, args: argparse.Namespace, proxy: dict[str, Any]) -> None
         path.write_text(json.dumps({**result, "proxy": proxy}, indent=4), encoding="utf-8")
 
 
+def _check_counts(args: argparse.Namespace) -> None:
+    """vLLM takes any whole number, and fails over it once the engine is up."""
+    for name in _COUNTS:
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a whole number from 1")
+
+
 def _call(kind: str, args: argparse.Namespace) -> Any:
     """Run vLLM's benchmark; its refusals, some with a trace inside their text, become one line."""
     try:
         return _module(kind).main(args)
+    except OSError as error:  # a data set, a tokenizer or a server that cannot be had
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise UserError(" ".join(text.split())) from error
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise UserError(" ".join(str(error).split())) from error
     except (AssertionError, ValueError) as error:
         head, trace, tail = str(error).partition("Traceback (most recent call last)")
         if not head.strip():

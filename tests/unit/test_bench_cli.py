@@ -132,6 +132,16 @@ def test_bad_input_is_one_line(folders, measured, capsys, tmp_path):
     assert "70 tokens, more than the model length of 64" in line
 
     assert "--alpha is nan" in error_line(capsys, "serve", "--alpha", "nan")
+
+    for kind, option, value in (
+        ("latency", "--batch-size", "-1"),
+        ("latency", "--num-iters", "0"),
+        ("throughput", "--num-prompts", "0"),
+    ):
+        line = error_line(capsys, kind, folders["base"], *trio, option, value)
+        assert f"{option} {value}: give a whole number from 1" in line
+    assert "--num-prompts -2" in error_line(capsys, "serve", "some/base", "--num-prompts", "-2")
+    assert "--request-rate -1" in error_line(capsys, "serve", "b", "--request-rate", "-1")
     assert measured == {}
 
 
@@ -153,6 +163,19 @@ def test_an_unreachable_server_is_one_short_line(folders, capsys):
     assert port in line
     assert "Traceback" not in line
     assert len(line) < 300
+
+
+def test_what_the_benchmark_cannot_read_is_one_line(folders, capsys, tmp_path):
+    missing = str(tmp_path / "nowhere.json")
+    load = ["--dataset-name", "sharegpt", "--num-prompts", "1", "--dataset-path", missing]
+    trio = ["--expert", folders["expert"], "--antiexpert", folders["antiexpert"]]
+    line = error_line(capsys, "throughput", folders["base"], *trio, *load)
+    assert line.endswith(f"{missing}: No such file or directory")
+    load = ["--dataset-name", "random", "--num-prompts", "1", "--port", "1"]
+    line = error_line(capsys, "serve", str(tmp_path / "no/model"), *load)
+    assert str(tmp_path / "no/model") in line
+    # Without a model's name the server is asked for it, and there is none.
+    assert "127.0.0.1:1" in error_line(capsys, "serve", *load)
 
 
 def test_refusals_of_the_benchmark_itself_are_one_line(folders, measured, monkeypatch, capsys):
