@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from vllm.distributed.parallel_state import graph_capture
+from vllm.logger import init_logger
 from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -14,6 +15,8 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from proxy_vllm.kernels.combine_sample import batch_kinds
 from proxy_vllm.sampler import ProxySampler, Rows, merge, merge_logprobs, select_rows
 from proxy_vllm.sampler_graphs import Record, SamplerGraphs, cuda_graph_recorder
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class ProxyModelRunner(GPUModelRunner):
@@ -46,8 +49,13 @@ class ProxyModelRunner(GPUModelRunner):
         """vLLM's graphs of the model, then ours of sampling; bytes of device memory taken."""
         taken = super().capture_model(profile_only=profile_only)
         manager, sampler = self.cudagraph_manager, self.sampler
-        wanted = self.model.proxy_config.sampler_cuda_graphs and manager.needs_capture()
-        if not wanted or not isinstance(sampler, ProxySampler) or not sampler.fusable:
+        if not self.model.proxy_config.sampler_cuda_graphs or sampler is None:
+            return taken
+        if not manager.needs_capture() or not getattr(sampler, "fusable", False):
+            logger.warning(
+                "--sampler-cuda-graphs is without effect: CUDA graphs are off, or an option"
+                " replaces the sampler"
+            )
             return taken
         with freeze_gc_for_cudagraph_capture(), graph_capture(device=self.device):
             torch.accelerator.empty_cache()

@@ -12,7 +12,8 @@ Over tensor-parallel ranks, log-probabilities alone do not make a row special: t
 their candidates and log-sum-exps instead of logits.
 
 The whole batch takes the second path where vLLM replaces or wraps sampling: draft verification,
-batch-sharded sampling, sampling-mask and trace replay, counting NaN logits.
+batch-sharded sampling, sampling-mask and trace replay, counting NaN logits, and watermarking, for
+which vLLM has a sampler of its own.
 """
 
 from dataclasses import dataclass, replace
