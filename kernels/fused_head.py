@@ -223,9 +223,11 @@ def fused_head_sample(
         return tokens, scores
     require_triton()
     num_cols = weights[0].shape[0]
-    block_b = min(64, max(16, triton.next_power_of_2(num_rows)))
+    # Three accumulators must fit: 64 rows spill in float32, and with 4 warps in any dtype.
+    short = base.element_size() == 2
+    block_b = min(64 if short else 32, max(16, triton.next_power_of_2(num_rows)))
     block_v = block_v or 128
-    block_k = 64 if base.element_size() == 2 else 32
+    block_k = 64 if short else 32
     num_tiles = triton.cdiv(num_cols, block_v)
     best_score = base.new_empty((num_rows, num_tiles), dtype=torch.float32)
     best_token = base.new_empty((num_rows, num_tiles), dtype=torch.int32)
@@ -251,7 +253,6 @@ def fused_head_sample(
         BASE_CAP=bool(soft_caps[0]),
         SMALL_CAP=bool(soft_caps[1]),
         UPCAST=INTERPRETED,
-        # Three accumulators must fit: 64 rows spill with 4 warps.
         num_warps=4 if block_b == 16 else 8,
         num_stages=3,
     )

@@ -235,9 +235,9 @@ class ShardedSampler:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Raw logprobs of the combined logits, from per-shard candidates and log-sum-exps.
 
-        Returns ([B, 1 + n] token ids, the sampled one first and then the n most likely, lowest
-        index on ties; their logprobs float32; [B] rank of the sampled token, 0 for the most
-        likely). Two collectives: 8 * (2 n + 2) bytes a row, then 8.
+        Returns ([B, 1 + n] token ids, the sampled one first and then the n most likely; their
+        logprobs float32; [B] rank of the sampled token, 0 for the most likely). Of equals any may
+        come first, as with torch.topk. Two collectives: 8 * (2 n + 2) bytes a row, then 8.
         """
         if base.shape[1] == 0:
             base, expert, antiexpert = (_no_columns(t) for t in (base, expert, antiexpert))
@@ -250,9 +250,8 @@ class ShardedSampler:
         mine = (local >= 0) & (local < num_cols)
         own = logits.gather(1, local.clamp(0, num_cols - 1)[:, None])[:, 0]
         own = torch.where(mine, own, -torch.inf)
-        # A stable descending sort keeps the lowest index first among equals; topk does not.
         wanted = min(num_logprobs, num_cols)
-        values, columns = (t[:, :wanted] for t in logits.sort(dim=1, descending=True, stable=True))
+        values, columns = logits.topk(wanted, dim=1)
         padding = num_logprobs - wanted
         values = torch.nn.functional.pad(values, (0, padding), value=-torch.inf)
         columns = torch.nn.functional.pad(columns + vocab_start, (0, padding), value=vocab_size)

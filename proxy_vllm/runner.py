@@ -4,15 +4,19 @@ from dataclasses import replace
 
 import torch
 from vllm.distributed.parallel_state import graph_capture
+from vllm.logger import init_logger
 from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from proxy_vllm.kernels.combine_sample import batch_kinds
-from proxy_vllm.sampler import ProxySampler, Rows, merge, select_rows
+from proxy_vllm.sampler import ProxySampler, Rows, merge, merge_logprobs, select_rows
 from proxy_vllm.sampler_graphs import Record, SamplerGraphs, cuda_graph_recorder
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class ProxyModelRunner(GPUModelRunner):
@@ -45,8 +49,13 @@ class ProxyModelRunner(GPUModelRunner):
         """vLLM's graphs of the model, then ours of sampling; bytes of device memory taken."""
         taken = super().capture_model(profile_only=profile_only)
         manager, sampler = self.cudagraph_manager, self.sampler
-        wanted = self.model.proxy_config.sampler_cuda_graphs and manager.needs_capture()
-        if not wanted or not isinstance(sampler, ProxySampler) or not sampler.fusable:
+        if not self.model.proxy_config.sampler_cuda_graphs or sampler is None:
+            return taken
+        if not manager.needs_capture() or not getattr(sampler, "fusable", False):
+            logger.warning(
+                "--sampler-cuda-graphs is without effect: CUDA graphs are off, or an option"
+                " replaces the sampler"
+            )
             return taken
         with freeze_gc_for_cudagraph_capture(), graph_capture(device=self.device):
             torch.accelerator.empty_cache()
@@ -107,6 +116,7 @@ class ProxyModelRunner(GPUModelRunner):
         if len(rows) == input_batch.num_reqs:
             return super().sample(hidden_states, input_batch, grammar_output)
 
+        scored = sampler.rows_of_logprobs(input_batch, rows)
         graphs = self.sampler_graphs
         if graphs is not None and not len(rows) and graphs.holds(input_batch.num_reqs):
             output = sampler.output_of(graphs.sample(hidden_states, input_batch), input_batch)
@@ -114,12 +124,16 @@ class ProxyModelRunner(GPUModelRunner):
 
         batch_rows = sampler.rows_of(input_batch)
         hidden, alpha = self.model.unpack(hidden_states[input_batch.logits_indices])
-        if len(rows):
+        if len(rows) or len(scored):
             logits = self.model.logits_for_sampling(hidden)
             tokens = sampler.sample_logits(logits, batch_rows)
         else:
             tokens = sampler.sample_hidden(self.model, hidden, batch_rows)
         output = sampler.output_of(tokens, input_batch)
+        if len(scored):
+            index = async_tensor_h2d(scored, device=self.device)
+            found = sampler.logprobs_by_shards(logits, tokens, input_batch, scored, index)
+            merge_logprobs(output, found, index)
         if len(rows):
             part, index = select_rows(input_batch, rows, self.device)
             combined = self.model.combine(logits, alpha, index)

@@ -8,8 +8,12 @@ Two paths, chosen for each row, so that one special row does not slow the batch:
   vLLM's own sampler: logprobs, penalties, logit bias, allowed and bad words, minimum tokens,
   grammars, thinking budgets and custom logits processors.
 
+Over tensor-parallel ranks, log-probabilities alone do not make a row special: the ranks exchange
+their candidates and log-sum-exps instead of logits.
+
 The whole batch takes the second path where vLLM replaces or wraps sampling: draft verification,
-batch-sharded sampling, sampling-mask and trace replay, counting NaN logits.
+batch-sharded sampling, sampling-mask and trace replay, counting NaN logits, and watermarking, for
+which vLLM has a sampler of its own.
 """
 
 from dataclasses import dataclass, replace
@@ -29,6 +33,9 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from proxy_vllm.heads import Shards
 from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.sharded import Exchange, ShardedSampler
+
+# More candidates than this are no less to send than the logits.
+MAX_SHARD_LOGPROBS = 256
 
 
 @dataclass(frozen=True)
@@ -85,13 +92,19 @@ class ProxySampler(Sampler):
         ``needs_logits_processing`` is vLLM's own answer over all stages; it is narrowed only by
         the stages that the fused path does itself, so a stage that vLLM adds stays covered.
         """
-        if self.sampling_states.num_logprobs[req_idx] != NO_LOGPROBS:
+        wanted = self.sampling_states.num_logprobs[req_idx]
+        if wanted != NO_LOGPROBS and not self._scores_by_shards(wanted):
             return True
         if self.logprob_token_ids_state.max_num_token_ids(np.array([req_idx])):
             return True
         if not self.needs_logits_processing[req_idx]:
             return False
         return self._other_stages(req_idx)
+
+    def _scores_by_shards(self, num_logprobs: int) -> bool:
+        """Whether the ranks can find log-probabilities without gathering logits."""
+        raw = self.logprobs_mode == "raw_logprobs"
+        return self.exchange is not None and raw and num_logprobs <= MAX_SHARD_LOGPROBS
 
     def _other_stages(self, req_idx: int) -> bool:
         """Whether a stage other than temperature, min-p, top-k and top-p touches the logits."""
@@ -115,6 +128,12 @@ class ProxySampler(Sampler):
             constrained = set(grammar_req_ids)
             needs = needs | np.array([r in constrained for r in input_batch.req_ids])
         return np.flatnonzero(needs)
+
+    def rows_of_logprobs(self, input_batch: InputBatch, others: np.ndarray) -> np.ndarray:
+        """Batch rows, ascending, that want log-probabilities and are not among the others."""
+        wants = self.sampling_states.num_logprobs[input_batch.idx_mapping_np] != NO_LOGPROBS
+        wants[others] = False
+        return np.flatnonzero(wants)
 
     def filters(self, input_batch: InputBatch) -> dict[str, torch.Tensor | None]:
         """top_k, top_p and min_p by request slot; None for one that no row of the batch uses."""
@@ -174,6 +193,31 @@ class ProxySampler(Sampler):
             use_fp64_gumbel=self.use_fp64_gumbel,
         )
 
+    def logprobs_by_shards(
+        self,
+        shards: Shards,
+        tokens: torch.Tensor,  # [B] int64
+        input_batch: InputBatch,
+        rows: np.ndarray,
+        index: torch.Tensor,  # the rows on the device
+    ) -> LogprobsTensors:
+        """Of some rows, whose logits lie on several ranks."""
+        assert self.exchange is not None
+        slots = input_batch.idx_mapping_np[rows]
+        base, expert, antiexpert = (shard[index] for shard in shards.logits)
+        ids, scores, ranks = ShardedSampler(self.exchange).logprobs(
+            base,
+            expert,
+            antiexpert,
+            self.alpha.gpu,
+            tokens[index],
+            int(self.sampling_states.num_logprobs[slots].max()),
+            vocab_start=shards.vocab_start,
+            vocab_size=self.sampling_states.vocab_size,
+            row_to_request=input_batch.idx_mapping[index],
+        )
+        return LogprobsTensors(ids, scores, ranks + 1)  # vLLM counts ranks from 1
+
     def output_of(self, tokens: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         """vLLM's output for tokens ``[B]`` of which none asks for more than itself."""
         num_sampled, num_rejected = get_num_sampled_and_rejected(
@@ -222,12 +266,26 @@ def merge(output: SamplerOutput, part: SamplerOutput, index: torch.Tensor) -> Sa
     """Write the rows that vLLM's sampler drew over those of the fused path."""
     output.sampled_token_ids[index] = part.sampled_token_ids
     if part.logprobs_tensors is not None:
-        rows = output.sampled_token_ids.shape[0]
-        # Rows that asked for none are never read.
-        output.logprobs_tensors = LogprobsTensors(
-            *(
-                tensor.new_zeros((rows, *tensor.shape[1:])).index_copy_(0, index, tensor)
-                for tensor in part.logprobs_tensors[:3]
-            )
-        )
+        merge_logprobs(output, part.logprobs_tensors, index)
     return output
+
+
+def merge_logprobs(output: SamplerOutput, part: LogprobsTensors, index: torch.Tensor) -> None:
+    """Write the log-probabilities of some rows; rows that asked for none are never read."""
+    num_rows = output.sampled_token_ids.shape[0]
+    before = output.logprobs_tensors
+    width = part.logprobs.shape[1]
+    if before is not None:
+        width = max(width, before.logprobs.shape[1])
+    merged = []
+    for i, tensor in enumerate(part[:3]):
+        whole = tensor.new_zeros((num_rows, width) if tensor.dim() == 2 else num_rows)
+        if before is not None:
+            whole[..., : before[i].shape[-1]] = before[i]
+        # A row asks for no more than its part is wide.
+        if tensor.dim() == 2:
+            whole[index, : tensor.shape[1]] = tensor
+        else:
+            whole[index] = tensor
+        merged.append(whole)
+    output.logprobs_tensors = LogprobsTensors(*merged)

@@ -65,3 +65,19 @@ def expected_tokens(trio: dict[str, str]) -> list[list[int]]:
     """Of every row, for the trio in these folders."""
     models = Trio.load(trio["model"], trio["expert"], trio["antiexpert"], torch.float32)
     return [sampled_by_reference(models, row) for row in range(len(ROWS))]
+
+
+@torch.inference_mode()
+def assert_logprobs(trio: Trio, row: int, output: Any, count: int, tolerance: float = 2e-4) -> None:
+    """Raw log-probabilities of the combination: of each token drawn, and the `count` largest."""
+    ids = list(PROMPTS[row])
+    completion = output.outputs[0]
+    for token, entries in zip(completion.token_ids, completion.logprobs, strict=True):
+        base, expert, antiexpert = (m(torch.tensor([ids])).logits[0, -1] for m in trio.models())
+        want = (base + ALPHAS[row] * (expert - antiexpert)).log_softmax(-1)
+        # vLLM returns as many as any request of the batch asked for, or cuts to what this one did.
+        assert {token, *want.topk(count).indices.tolist()} <= set(entries)
+        for index, entry in entries.items():
+            assert abs(entry.logprob - float(want[index])) < tolerance
+        assert entries[token].rank == 1 + int((want > want[token]).sum())
+        ids.append(token)

@@ -11,6 +11,7 @@ from sampled_reference import (
     PROMPTS,
     ROWS,
     TOKENS,
+    assert_logprobs,
     expected_tokens,
     generate,
     params,
@@ -22,6 +23,11 @@ pytestmark = pytest.mark.skipif(
     reason="the fused sampler belongs to Model Runner V2 (PROXY_VLLM_CPU_RUNNER=v2)",
 )
 ALL = range(len(ROWS))
+
+
+@pytest.fixture(scope="module")
+def reference(trio) -> Trio:
+    return Trio.load(trio["model"], trio["expert"], trio["antiexpert"], torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +87,8 @@ def test_mixed_batch_equals_reference(trio, expected):
         assert tokens_of(generate(llm, [0, 4])) == [expected[0], expected[4]]
 
 
-def test_two_ranks(trio, expected, two_ranks):
-    """Every path over two shards: stored logits, head weights, one gathered distribution."""
+def test_two_ranks(trio, reference, expected, two_ranks):
+    """Every path over two shards: stored logits, head weights, log-probabilities, whole rows."""
     with running(**trio, **two_ranks, fused_head_max_batch=2) as llm:
         llm.collective_rpc(count_fused_heads)
         assert tokens_of(generate(llm, ALL)) == expected
@@ -95,7 +101,25 @@ def test_two_ranks(trio, expected, two_ranks):
         # A score and a token for each row, and nothing else.
         assert llm.collective_rpc(count_exchanges) == [(len(rows), 16 * sum(rows))] * 2
 
-        assert tokens_of(generate(llm, [0, 1, 5], logprobs=1)) == [expected[i] for i in (0, 1, 5)]
+        # Log-probabilities are put together from the ranks' candidates, without any logits.
+        llm.collective_rpc(count_exchanges)
+        outputs = generate(llm, [0, 1], logprobs=3)
+        assert tokens_of(outputs) == expected[:2]
+        for row, output in enumerate(outputs):
+            assert_logprobs(reference, row, output, 3)
+        ((calls, sent), _) = llm.collective_rpc(count_exchanges)
+        steps = len(rows)
+        assert (calls, sent) == (3 * steps, (16 + 8 * (2 * 3 + 2) + 8) * sum(rows))
+
+        # A row that needs its distribution (a bias that changes nothing), one that does not, one
+        # that asks for nothing.
+        mixed = [params(0, logprobs=1, logit_bias={3: 0.0}), params(5, logprobs=4), params(1)]
+        prompts = [{"prompt_token_ids": PROMPTS[row]} for row in (0, 5, 1)]
+        outputs = llm.generate(prompts, mixed, use_tqdm=False)
+        assert tokens_of(outputs) == [expected[row] for row in (0, 5, 1)]
+        assert_logprobs(reference, 0, outputs[0], 1)
+        assert_logprobs(reference, 5, outputs[1], 4)
+        assert outputs[2].outputs[0].logprobs is None
 
 
 def test_ranks_that_share_out_the_batch(trio, expected, two_ranks):
@@ -169,5 +193,5 @@ def test_shards_of_members_padded_to_other_vocabularies(tmp_path, two_ranks):
         assert tokens_of(generate(llm, ALL, **asked)) == want
         # Rows of the three heads do not lie side by side, so logits are stored.
         assert llm.collective_rpc(lambda w: w.model_runner.model.fused_heads) == [None, None]
-        # Logprobs take the other path: one gathered distribution.
-        assert tokens_of(generate(llm, ALL, **asked, logprobs=2)) == want
+        # A bias that changes nothing takes the other path: one gathered distribution.
+        assert tokens_of(generate(llm, ALL, **asked, logit_bias={3: 0.0}, logprobs=2)) == want

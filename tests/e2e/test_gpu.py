@@ -19,6 +19,7 @@ from sampled_reference import (
     PROMPTS,
     ROWS,
     TOKENS,
+    assert_logprobs,
     expected_tokens,
     generate,
     params,
@@ -95,16 +96,8 @@ class TestOneEngine:
         """vLLM's own filters, which the interpreter cannot run, and raw log-probabilities."""
         outputs = generate(llm, ALL, logprobs=4)
         assert tokens_of(outputs) == expected
-        for prompt, alpha, output in zip(PROMPTS, ALPHAS, outputs):
-            ids = list(prompt)
-            for token, entries in zip(output.outputs[0].token_ids, output.outputs[0].logprobs):
-                logits = [m(torch.tensor([ids])).logits[0, -1] for m in reference.models()]
-                base, expert, antiexpert = logits
-                want = (base + alpha * (expert - antiexpert)).log_softmax(-1)
-                assert set(want.topk(4).indices.tolist()) <= set(entries)
-                for index, entry in entries.items():
-                    assert entry.logprob == pytest.approx(float(want[index]), abs=1e-3)
-                ids.append(token)
+        for row, output in zip(ALL, outputs):
+            assert_logprobs(reference, row, output, 4, tolerance=1e-3)
 
     def test_a_grammar_beside_free_rows(self, llm, expected):
         from vllm.sampling_params import StructuredOutputsParams
