@@ -12,11 +12,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: setup
 	$(BIN)/proxy-vllm demo
 
-test: setup test-v1 test-kernels test-v2
+# Two suites at once: an engine of the tests has one thread.
+test: setup
+	@echo "Two suites run at once, and each is printed when it ends; make test-v1 shows one as it runs."
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-v1 test-kernels test-v2
 
 # The runner is chosen when Triton is imported, so the suite runs in a process for each runner, and
-# one for the kernels, whose tests set up the interpreter for speed. What does not depend on the
-# runner runs once.
+# one for the kernels. What does not depend on the runner runs once.
 RUNNER_FREE := bench_cli_e2e bench_multi_gpu bench_own_prompts generate plan_e2e ray_batch server
 test-v1: setup
 	$(BIN)/python -m pytest tests --ignore=tests/kernels -m "not slow"

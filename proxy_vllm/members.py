@@ -1,5 +1,6 @@
 """Build and load the three members with vLLM's own code, and account for their memory."""
 
+import copy
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
 from vllm.transformers_utils.config import get_config
-from vllm.v1.attention.backend import subclass_attention_backend
+from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 
 from proxy_vllm.config import CONFIG_KEY, ROLES, ProxyConfig
 
@@ -31,6 +32,9 @@ _INHERITED = (
     "allow_deprecated_quantization",
     "disable_sliding_window",
 )
+
+# Attributes of an attention layer's implementation by which metadata may differ.
+_ATTENTION_KIND = ("num_heads", "num_kv_heads", "head_size", "logits_soft_cap")
 
 
 def member_model_config(role: str, proxy: ProxyConfig, base: ModelConfig) -> ModelConfig:
@@ -100,22 +104,69 @@ def build_member(role: str, member_config: VllmConfig, prefix: str) -> nn.Module
         torch.set_default_dtype(dtype)
 
 
-def separate_attention(role: str, member: nn.Module) -> None:
-    """Give a member attention metadata of its own.
+def give_own_attention(members: dict[str, nn.Module], configs: dict[str, VllmConfig]) -> None:
+    """Have the small members' attention metadata made for their own dtype, heads and head size.
+
+    vLLM's builders of metadata take what they need to know of a model from the engine's
+    configuration, which is the base's; a processor's kernels then abort on another dtype, and
+    others size their buffers by the wrong heads. Members that agree in all of it share a builder.
+    """
+    own: dict[tuple, type[AttentionBackend]] = {}
+    for role in ROLES[1:]:
+        config = configs[role].model_config
+        for layer in attention_layers(members[role]):
+            impl = layer.impl
+            key = (
+                layer.attn_backend,
+                config.dtype,
+                *(getattr(impl, name, None) for name in _ATTENTION_KIND),
+            )
+            if key not in own:
+                own[key] = _backend_of(role, layer.attn_backend, config)
+            layer.attn_backend = own[key]
+
+
+def separate_attention(members: dict[str, nn.Module]) -> None:
+    """Give each member attention metadata of its own: models read prompts of their own.
 
     vLLM builds metadata once for all layers with one backend and one cache shape, and some builders
-    keep buffers; models with different prompts need a builder each. It tells groups apart by the
-    backend's class.
+    keep buffers. It tells groups apart by the backend's class.
     """
-    own: dict[type, type] = {}
-    for module in member.modules():
-        if isinstance(module, Attention):
-            backend = module.attn_backend
+    for role, member in members.items():
+        own: dict[type, type] = {}
+        for layer in attention_layers(member):
+            backend = layer.attn_backend
             if backend not in own:
                 own[backend] = subclass_attention_backend(
                     f"Proxy_{role}_", backend, backend.get_builder_cls()
                 )
-            module.attn_backend = own[backend]
+            layer.attn_backend = own[backend]
+
+
+def attention_layers(member: nn.Module) -> list[Attention]:
+    return [module for module in member.modules() if isinstance(module, Attention)]
+
+
+def _backend_of(
+    role: str, backend: type[AttentionBackend], model_config: ModelConfig
+) -> type[AttentionBackend]:
+    """The backend, with metadata made for a model of ``model_config``."""
+
+    def of_member(vllm_config: VllmConfig) -> VllmConfig:
+        # Not vLLM's `replace`, which checks and completes the configuration anew.
+        config = copy.copy(vllm_config)
+        config.model_config = model_config
+        return config
+
+    class MemberBuilder(backend.get_builder_cls()):  # type: ignore[misc]
+        def __init__(self, kv_cache_spec, layer_names, vllm_config, device, **kwargs) -> None:
+            super().__init__(kv_cache_spec, layer_names, of_member(vllm_config), device, **kwargs)
+
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
+            return super().get_cudagraph_support(of_member(vllm_config), kv_cache_spec)
+
+    return subclass_attention_backend(f"{role}_", backend, MemberBuilder)
 
 
 def load_member(member: nn.Module, member_config: VllmConfig) -> None:

@@ -20,6 +20,7 @@ from proxy_vllm.formula import combine_logits
 from proxy_vllm.heads import FusedHeads, ShardedHeads, Shards
 from proxy_vllm.members import (
     build_member,
+    give_own_attention,
     load_member,
     member_vllm_configs,
     retie_embeddings,
@@ -59,12 +60,13 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             role: config.model_config.get_vocab_size()
             for role, config in self.member_configs.items()
         }
-        own_prompts = obstacle(vllm_config) is None
         for role in ROLES:
             member = build_member(role, self.member_configs[role], maybe_prefix(prefix, role))
-            if own_prompts:
-                separate_attention(role, member)
             setattr(self, role, member)
+        members = dict(zip(ROLES, self.members()))
+        give_own_attention(members, self.member_configs)
+        if obstacle(vllm_config) is None:
+            separate_attention(members)
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             for role in ROLES:
                 if not supports_pp(getattr(self, role)):
