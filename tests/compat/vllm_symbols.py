@@ -41,7 +41,13 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "own_prompts/scheduler.py": "async_scheduling",
     },
     "vllm.config:CacheConfig": {"own_prompts/scheduler.py": "prefix_caching_hash_algo"},
-    "vllm.forward_context:ForwardContext": {"model.py": "slot_mapping"},
+    "vllm.forward_context:ForwardContext": {"model.py": "cudagraph_runtime_mode slot_mapping"},
+    "vllm.renderers.online_renderer:OnlineRenderer": {
+        "admission.py": "effective_chat_template_kwargs exclude_tools_when_tool_choice_none"
+    },
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": {
+        "admission.py": "add_special_tokens messages tool_choice tools"
+    },
     "vllm.sequence:IntermediateTensors": {"model.py": "items tensors"},
     "vllm.distributed.parallel_state:GroupCoordinator": {
         "heads.py": "device_group rank_in_group world_size",
@@ -238,6 +244,13 @@ CALLS: dict[str, dict[str, str]] = {
         "own_prompts/scheduler.py": "/1 num_external_cached_tokens num_local_cached_tokens"
         " num_prompt_tokens"
     },
+    "vllm.renderers.chat_utils:parse_chat_messages": {
+        "own_prompts/front_end.py": "/2 content_format"
+    },
+    "vllm.renderers.chat_utils:has_non_text_content": {"own_prompts/front_end.py": "/1"},
+    "vllm.renderers.hf:safe_apply_chat_template": {
+        "own_prompts/front_end.py": "/3 chat_template tokenize tools"
+    },
     "vllm:LLM.enqueue": {"batch/generator.py": "/3 use_tqdm"},
     "vllm:LLM.enqueue_chat": {"batch/generator.py": "/3 use_tqdm"},
     "vllm.v1.engine.llm_engine:LLMEngine.abort_request": {"batch/generator.py": "/2"},
@@ -265,21 +278,29 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync _model_forward _sample"
     " load_model",
     "proxy_vllm.cpu_worker:ProxyCPUWorker": "_make_model_runner init_device",
-    "proxy_vllm.llm:ProxyLLM": "__init__ _add_request _preprocess_chat_one _preprocess_cmpl_one",
+    "proxy_vllm.llm:ProxyLLM": "__init__ _add_request _preprocess_chat_one _preprocess_cmpl"
+    " _preprocess_cmpl_one",
     "proxy_vllm.model:ProxyTunedForCausalLM": "__init__ forward make_empty_intermediate_tensors",
     "proxy_vllm.model_state:ProxyModelState": "__init__ add_request apply_staged_writes"
     " custom_sampler get_additional_cg_support initialize_kv_cache prepare_attn"
     " prepare_dummy_inputs prepare_inputs remove_request",
     "proxy_vllm.own_prompts.scheduler:ProxyScheduler": "__init__ _free_request add_request schedule"
     " update_from_output",
-    "proxy_vllm.runner:ProxyModelRunner": "gather_batch_req_state sample",
+    "proxy_vllm.runner:ProxyModelRunner": "capture_model gather_batch_req_state sample shutdown",
     "proxy_vllm.sampler:ProxySampler": "__init__ add_request",
+    "proxy_vllm.serving:_Parser": "error",
     "proxy_vllm.worker:ProxyWorker": "_make_model_runner get_kv_cache_spec init_device"
     " initialize_from_config load_model",
 }
 
 # vLLM function -> calls in its body that reach our overrides, and keywords that they must pass.
 HOOKS: dict[str, dict[str, str]] = {
+    "vllm.entrypoints.common.offline:OfflineInferenceMixin._preprocess_cmpl_one": {
+        "self._preprocess_cmpl": ""
+    },
+    "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search": {
+        "self._preprocess_cmpl": ""
+    },
     "vllm.v1.worker.gpu_worker:Worker._init_workspace_and_model_runner": {
         "self._make_model_runner": ""
     },
