@@ -13,7 +13,8 @@ choose the Transformers models' tokens in a batch of both kinds; otherwise nothi
 
 On a CPU, Triton's kernels run in its interpreter, thousands of times slower than on a GPU: steps
 are given with the time in there and without, and ratios without. --cpu has models of a size at
-which the rest is most of a step, and a vocabulary that the interpreted sampler gets through.
+which the rest is most of a step, and a vocabulary that the interpreted sampler gets through. Time
+there is processor time of one thread, so that other load on the machine does not count.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -82,10 +84,16 @@ def generate(llm, prompts: list[dict[str, list[int]]], tokens: int, alphas: list
     )
 
 
-class Interpreted:
-    """Seconds that this process has spent in Triton's interpreter."""
+def clock_name() -> str:
+    import torch
 
-    def __init__(self) -> None:
+    return "perf_counter" if torch.cuda.is_available() else "process_time"
+
+
+class Interpreted:
+    """Seconds of `clock` that this process has spent in Triton's interpreter."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
         self.seconds = 0.0
         if os.environ.get("TRITON_INTERPRET") != "1":
             return
@@ -94,11 +102,11 @@ class Interpreted:
         launch = GridExecutor.__call__
 
         def timed(*args, **kwargs):
-            begun = time.perf_counter()
+            begun = clock()
             try:
                 return launch(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - begun
+                self.seconds += clock() - begun
 
         GridExecutor.__call__ = timed
 
@@ -114,12 +122,13 @@ def measure(models: list[str], args: argparse.Namespace, kinds: list[str]) -> di
     )  # fmt: skip
     started = time.perf_counter() - start
     batches = {kind: batch_of(kind, args) for kind in kinds}
-    interpreted = Interpreted()
+    clock = getattr(time, clock_name())
+    interpreted = Interpreted(clock)
 
     def timed(kind: str, tokens: int) -> tuple[float, float]:
-        begun, inside = time.perf_counter(), interpreted.seconds
+        begun, inside = clock(), interpreted.seconds
         generate(llm, batches[kind], tokens, [1.0] * args.batch)
-        took = time.perf_counter() - begun
+        took = clock() - begun
         return took, took - (interpreted.seconds - inside)
 
     result: dict = {"start_s": round(started, 2), "cuda_graphs": cuda_graphs(llm)}
@@ -222,13 +231,14 @@ def parse() -> argparse.Namespace:
         args.environment |= {
             "PROXY_VLLM_CPU_RUNNER": "v2",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
     if args.cpu:
         args.shapes, args.context, args.tokens = ["135m-narrow"] * 2, 64, 24
     if args.smoke:
         args.shapes, args.batch, args.context, args.tokens = ["tiny", "tiny"], 4, 32, 8
         args.repeats, args.rounds = 1, 1
-        args.environment["OMP_NUM_THREADS"] = "1"
     if args.tokens < 4 or min(args.batch, args.repeats, args.rounds) < 1 or args.context <= OFFSET:
         parser.error(
             f"--tokens from 4, --context from {OFFSET + 1}, --batch, --repeats, --rounds from 1"
@@ -267,6 +277,7 @@ def main() -> None:
             "antiexpert": args.context - OFFSET,
         },
         "dtype": args.dtype,
+        "clock": clock_name(),
         "correctness": {**checked, "shape": args.check_shape, "dtype": args.check_dtype},
         "engines": [
             {k: {"start_s": v["start_s"], "cuda_graphs": v["cuda_graphs"]} for k, v in r.items()}

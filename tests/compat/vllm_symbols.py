@@ -289,8 +289,8 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.runner:ProxyModelRunner": "capture_model gather_batch_req_state sample shutdown",
     "proxy_vllm.sampler:ProxySampler": "__init__ add_request",
     "proxy_vllm.serving:_Parser": "error",
-    "proxy_vllm.worker:ProxyWorker": "_make_model_runner get_kv_cache_spec init_device"
-    " initialize_from_config load_model",
+    "proxy_vllm.worker:ProxyWorker": "_make_model_runner compile_or_warm_up_model get_kv_cache_spec"
+    " init_device initialize_from_config load_model",
 }
 
 # vLLM function -> calls in its body that reach our overrides, and keywords that they must pass.
