@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,6 +193,7 @@ class BlockWriter:
             # An exception here would be wrapped by Ray and tried again; the report carries it.
             traceback.print_exc()
             self.broken = f"an engine did not start: {one_line(error)}"
+        self.since = time.time()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Blocks in JSON, in the column ``block``, to their reports in JSON."""
@@ -202,13 +204,14 @@ class BlockWriter:
         """Answer one block and write its files.
 
         Returns:
-            ``{"block", "replica", "prompts", "errors", "completion_tokens"}``; with ``"failed"``,
-            a bad row or file that ends the run unless errors are skipped; with ``"fatal"``, what
-            ends it in any case.
+            ``{"block", "replica", "since", "prompts", "errors", "completion_tokens"}``, ``since``
+            being when the engine was ready; with ``"failed"``, a bad row or file that ends the
+            run unless errors are skipped; with ``"fatal"``, what ends it in any case.
         """
         report: dict[str, Any] = {
             "block": block.name,
             "replica": self.replica,
+            "since": self.since,
             "prompts": 0,
             "errors": 0,
             "completion_tokens": 0,
