@@ -61,7 +61,9 @@ class ProxyGenerator:
         sampling: fields of ``SamplingParams`` for rows that do not set them.
         token_ids: add the column ``token_ids``.
         **llm_arguments: of ``proxy_vllm.ProxyLLM``; with ``tensor_parallel_size=T`` give
-            ``num_gpus=T`` to ``map_batches``, which puts the T GPUs on one node.
+            ``num_gpus=T`` to ``map_batches``, which puts the T GPUs on one node. Without GPUs, give
+            ``num_cpus`` and leave a CPU to Ray's own tasks, which read and write: actors that take
+            all of them wait for rows for ever.
 
     Example::
 
