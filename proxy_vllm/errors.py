@@ -20,3 +20,10 @@ def _fault(found: dict[str, Any]) -> str:
     if message.startswith("Value error, ") or not place:
         return message.removeprefix("Value error, ")
     return f"{place[0]} is {found.get('input')!r}: {message}"
+
+
+def without_trace(error: BaseException) -> str:
+    """An error's text in one line; of a traceback inside it, as Ray and vLLM put there, the end."""
+    head, trace, tail = str(error).partition("Traceback (most recent call last)")
+    last = tail.strip().splitlines()[-1:] if trace else []
+    return " ".join(" ".join([head, *last]).split()) or type(error).__name__

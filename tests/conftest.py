@@ -8,7 +8,9 @@ The suite runs in two processes, because the runner is chosen when Triton is imp
 """
 
 import os
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Engines live in the test process: a spawned one would import vLLM again for every engine.
@@ -62,3 +64,21 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     from tiny_models import make_trio
 
     return make_trio(tmp_path_factory.mktemp("trio"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """The folder of a file system of one page (4096 bytes), and what sets its size in KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*options: str) -> None:
+        done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a file system of its own cannot be mounted: {done.stderr.strip()}")
+
+    mount("-t", "tmpfs", "-o", "size=4k", "tmpfs")
+    try:
+        yield folder, lambda kib: mount("-o", f"remount,size={kib}k")
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,9 @@ class ProxyGenerator:
         sampling: fields of ``SamplingParams`` for rows that do not set them.
         token_ids: add the column ``token_ids``.
         **llm_arguments: of ``proxy_vllm.ProxyLLM``; with ``tensor_parallel_size=T`` give
-            ``num_gpus=T`` to ``map_batches``, which puts the T GPUs on one node.
+            ``num_gpus=T`` to ``map_batches``, which puts the T GPUs on one node. Without GPUs, give
+            ``num_cpus`` and leave a CPU to Ray's own tasks, which read and write: actors that take
+            all of them wait for rows for ever.
 
     Example::
 
@@ -193,6 +196,7 @@ class BlockWriter:
             # An exception here would be wrapped by Ray and tried again; the report carries it.
             traceback.print_exc()
             self.broken = f"an engine did not start: {one_line(error)}"
+        self.since = time.time()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Blocks in JSON, in the column ``block``, to their reports in JSON."""
@@ -203,13 +207,14 @@ class BlockWriter:
         """Answer one block and write its files.
 
         Returns:
-            ``{"block", "replica", "prompts", "errors", "completion_tokens"}``; with ``"failed"``,
-            a bad row or file that ends the run unless errors are skipped; with ``"fatal"``, what
-            ends it in any case.
+            ``{"block", "replica", "since", "prompts", "errors", "completion_tokens"}``, ``since``
+            being when the engine was ready; with ``"failed"``, a bad row or file that ends the
+            run unless errors are skipped; with ``"fatal"``, what ends it in any case.
         """
         report: dict[str, Any] = {
             "block": block.name,
             "replica": self.replica,
+            "since": self.since,
             "prompts": 0,
             "errors": 0,
             "completion_tokens": 0,

@@ -19,11 +19,13 @@ from proxy_vllm.batch.file_job import Interrupts, Progress
 from proxy_vllm.batch.ray_actors import BlockWriter
 from proxy_vllm.batch.ray_blocks import Block, InputFile, OutputFolder, blocks_of, find_files
 from proxy_vllm.config import ProxyConfig, check_vllm_version
-from proxy_vllm.errors import UserError
+from proxy_vllm.errors import UserError, without_trace
 
 # Rows of Ray's own dataset in one of its tasks, at most so many tasks.
 _MOST_TASKS = 10_000
 _CONNECT_SECONDS = 5.0
+# The opening of HTTP/2, which Ray speaks, and empty SETTINGS; the other side answers with its own.
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 _MOST_CPU_KV_CACHE = 4 << 30
 
 
@@ -178,7 +180,7 @@ class RayJob:
                 for reason in report.get("said", ()):
                     skipped.add(reason, progress)
                 skipped.count += report["errors"] - len(report.get("said", ()))
-                progress.add(report["completion_tokens"], report["prompts"], counts.rates())
+                progress.add(report["completion_tokens"], report["prompts"], counts.note())
         except Exception as error:
             if isinstance(error, UserError):
                 raise
@@ -188,7 +190,7 @@ class RayJob:
             ) from error
         finally:
             progress.close()
-        if self.show_progress and sys.stderr.isatty():
+        if self.show_progress:
             print(counts.table(), file=sys.stderr)
 
     def _calls(self) -> int:
@@ -215,30 +217,34 @@ class _Skipped:
 
 
 class _Counts:
-    """Prompts and tokens of each replica."""
+    """Prompts and tokens of each replica, and the rates of both since it was ready."""
 
     def __init__(self) -> None:
         self.blocks = 0
-        self._start = time.monotonic()
-        self._replicas: dict[str, list[int]] = {}
+        self._replicas: dict[str, dict[str, float]] = {}
 
     def add(self, report: dict[str, Any]) -> None:
         self.blocks += 1
-        counts = self._replicas.setdefault(report["replica"], [0, 0])
-        counts[0] += report["prompts"]
-        counts[1] += report["completion_tokens"]
+        counts = self._replicas.setdefault(report["replica"], {"prompts": 0, "tokens": 0})
+        counts["prompts"] += report["prompts"]
+        counts["tokens"] += report["completion_tokens"]
+        # One that was started anew keeps its name; the time between counts.
+        counts["since"] = min(report["since"], counts.get("since", report["since"]))
 
-    def rates(self) -> str:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        each = [f"{name} {tokens / seconds:.0f}" for name, (_, tokens) in self._replicas.items()]
+    def _rates(self) -> Iterator[tuple[str, dict[str, float], float, float]]:
+        for name, counts in self._replicas.items():
+            seconds = max(time.time() - counts["since"], 1e-3)
+            yield name, counts, counts["prompts"] / seconds, counts["tokens"] / seconds
+
+    def note(self) -> str:
+        each = [f"{name} {p:.2g} prompts/s {t:.0f} tokens/s" for name, _, p, t in self._rates()]
         return f" ({', '.join(each)})"
 
     def table(self) -> str:
-        seconds = max(time.monotonic() - self._start, 1e-9)
         return "\n".join(
-            f"replica {name}: {prompts} prompts ({prompts / seconds:.2f}/s),"
-            f" {tokens} output tokens ({tokens / seconds:.1f}/s)"
-            for name, (prompts, tokens) in self._replicas.items()
+            f"replica {name}: {counts['prompts']} prompts ({prompts:.2f}/s),"
+            f" {counts['tokens']} output tokens ({tokens:.1f}/s)"
+            for name, counts, prompts, tokens in self._rates()
         )
 
 
@@ -274,9 +280,16 @@ def _check_reachable(address: str | None) -> None:
     if not host or not port.isdigit():
         raise UserError(f"--ray-address {address}: auto, HOST:PORT or ray://HOST:PORT is needed")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise UserError(f"no connection to Ray at {address}: {error.strerror or error}") from None
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS) as peer:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return
+            peer.sendall(_HELLO)
+            answer = peer.recv(9)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"no connection to Ray at {address}: {reason}") from None
+    if answer[3:4] != b"\4":
+        raise UserError(f"no connection to Ray at {address}: what listens there is not Ray")
 
 
 def replica_resources(replicas: int, ranks: int) -> dict[str, float]:
@@ -353,4 +366,6 @@ def _reason(error: BaseException) -> str:
             break
         error = inner
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
+    if not lines or "Traceback" in lines[0]:
+        return without_trace(error)
+    return lines[0].strip()

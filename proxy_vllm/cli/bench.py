@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm.entrypoints.cli.types import CLISubcommand
 
-from proxy_vllm.errors import UserError
+from proxy_vllm.errors import UserError, without_trace
 
 # `vllm.benchmarks.latency` draws its prompts' token ids below this.
 _LATENCY_TOKEN_IDS = 10_000
@@ -189,13 +189,11 @@ def _call(kind: str, args: argparse.Namespace) -> Any:
     except RuntimeError as error:
         if not isinstance(error.__cause__, OSError):
             raise
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(without_trace(error)) from error
     except (AssertionError, ValueError) as error:
-        head, trace, tail = str(error).partition("Traceback (most recent call last)")
-        if not head.strip():
+        if not str(error).strip():
             raise
-        last = tail.strip().splitlines()[-1:] if trace else []
-        raise UserError(" ".join([*head.split(), *last])) from error
+        raise UserError(without_trace(error)) from error
 
 
 def cmd_init() -> list[CLISubcommand]:

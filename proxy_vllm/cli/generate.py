@@ -176,7 +176,7 @@ def ray_job(args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
     try:
         from proxy_vllm.batch.ray_job import RayJob
     except ImportError as error:
-        raise UserError(f"--replicas needs Ray ({error}): pip install 'proxy_vllm[ray]'") from None
+        raise UserError(f"--replicas needs Ray ({error}): pip install '.[ray]'") from None
 
     if "-" in (*args.input, args.output):
         raise UserError("--replicas reads files and folders and writes a folder: - is none")

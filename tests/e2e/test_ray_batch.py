@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def test_a_killed_driver_is_resumed(cluster, trio, expected, tmp_path):
     assert again.run() == 0
 
 
-def test_bad_rows_and_files_in_a_folder_of_many(cluster, trio, expected, tmp_path):
+def test_bad_rows_and_files_in_a_folder_of_many(cluster, trio, expected, tmp_path, capfd):
     source, target = write_input(tmp_path / "in"), tmp_path / "out"
     (source / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"gone.jsonl: cannot read .No such file"):
@@ -186,6 +187,13 @@ def test_bad_rows_and_files_in_a_folder_of_many(cluster, trio, expected, tmp_pat
     bad = source / "bad.jsonl"
     bad.write_text('{"prompt": [5]}\n{"prompt": [5], "proxy_alpha": 99}\n{"prompt": "w5 w5"}\n')
     assert job(trio, source, target, replicas=1, skip_errors=True).run() == 1
+    said = capfd.readouterr().err
+    assert f"proxy-vllm: {source}/gone.jsonl: cannot read (No such file or directory)" in said
+    assert f"proxy-vllm: {source}/bad.jsonl:2: proxy_alpha is 99" in said
+    # 64 rows and the three of bad.jsonl, answered or not.
+    assert re.search(
+        r"^replica \w+: 67 prompts \([\d.]+/s\), \d+ output tokens \([\d.]+/s\)$", said, re.M
+    )
     (bad_block,) = target.glob("bad-*.jsonl")
     answers = [json.loads(line) for line in bad_block.read_text().splitlines()]
     assert [row["id"] for row in answers] == [f"{bad}:1", f"{bad}:3"]
@@ -221,26 +229,28 @@ def test_what_cannot_be_had_is_one_clear_line(
         job(trio, source, tmp_path / "out", **options).run()
 
 
-@pytest.mark.parametrize(
-    "address, message",
-    [
-        ("127.0.0.1:1", "no connection to Ray at 127.0.0.1:1: Connection refused"),
-        ("ray://127.0.0.1:1", "no connection to Ray at ray://127.0.0.1:1: Connection refused"),
-        ("somewhere", "auto, HOST:PORT or ray://HOST:PORT is needed"),
-    ],
-)
-def test_an_address_without_ray_is_one_clear_line(address, message):
-    from proxy_vllm.batch.ray_job import _check_reachable
-
-    with pytest.raises(UserError, match=message):
-        _check_reachable(address)
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_blocks_so_far(cluster, trio, expected, tmp_path, small_disk):
+    source, (disk, resize) = write_input(tmp_path / "in"), small_disk
+    target = disk / "out"
+    resize(40)
+    with pytest.raises(UserError) as full:
+        job(trio, source, target, replicas=1).run()
+    kept = {path: path.read_bytes() for path in blocks(target)}
+    assert f"{target}: cannot write (No space left on device)" in str(full.value)
+    assert "\n" not in str(full.value)
+    assert 0 < len(kept) < BLOCKS
+    resize(4096)
+    assert job(trio, source, target, replicas=1, resume=True).run() == 0
+    check(target, expected)
+    assert kept.items() <= {path: path.read_bytes() for path in blocks(target)}.items()
 
 
 def test_rows_of_a_dataset(cluster, trio, expected):
     """The class that users give to ``map_batches``."""
     import ray.data
 
-    from proxy_vllm.batch.ray_actors import ProxyGenerator
+    from proxy_vllm import ProxyGenerator
 
     rows = [{"seed": None, **row, "note": i} for i, row in enumerate(make_rows(12))]
     rows.append({**rows[0], "id": "long", "prompt": [5] * 300, "note": 99})

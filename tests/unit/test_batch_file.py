@@ -242,6 +242,19 @@ def test_a_full_device_is_one_clear_line(job):
         job.run(ScriptedLLM)
 
 
+def test_a_full_disk_keeps_whole_lines_and_resume_goes_on(job, small_disk):
+    folder, resize = small_disk
+    job.target = str(folder / "out.jsonl")
+    with pytest.raises(UserError, match=r"out.jsonl: cannot write .No space left on device"):
+        job.run(ScriptedLLM)
+    done = got(job)
+    assert len(done) > 3 and done == want(job)[: len(done)]
+    resize(64)
+    job.resume = True
+    assert job.run(ScriptedLLM) == 0
+    assert got(job) == want(job)
+
+
 def test_a_file_that_may_not_grow_keeps_whole_lines(job):
     """A file-size limit stands for a full disk: part of a line fits, the rest does not."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

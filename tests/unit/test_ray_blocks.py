@@ -269,6 +269,54 @@ def test_a_full_disk_is_told_and_leaves_no_half_block(tmp_path, make_writer, blo
     )
 
 
+def test_a_full_disk_keeps_the_blocks_that_are_whole(tmp_path, make_writer, small_disk):
+    folder, resize = small_disk
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(data) + "\n" for _, data in lines(*[2] * 60)))
+    blocks = list(blocks_of(InputFile(str(source), "in.jsonl"), 10))
+    writer = make_writer()
+    writer.folder = folder
+    resize(16)
+    reports = [writer.write(block) for block in blocks]
+    full = [report.get("fatal") for report in reports]
+    assert full[0] is None and full[-1] == f"{folder}: cannot write (No space left on device)"
+    kept = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    whole = [b.name for b, reason in zip(blocks, full) if reason is None]
+    assert sorted(kept) == whole
+    assert all(data.count(b"\n") == 10 for data in kept.values())
+    resize(256)
+    assert not any("fatal" in writer.write(block) for block in blocks)
+    assert sorted(os.listdir(folder)) == [block.name for block in blocks]
+    assert kept.items() <= {n: (folder / n).read_bytes() for n in os.listdir(folder)}.items()
+
+
+def test_a_full_disk_is_told_before_any_engine_starts(tmp_path, small_disk):
+    folder, _ = small_disk
+    (folder / ".others").write_bytes(b"x" * 4096)
+    output = OutputFolder(str(folder / "out"), {}, [])
+    with pytest.raises(UserError, match=r"out: cannot write .No space left on device"):
+        output.open()
+
+
+def test_a_damaged_row_group_is_a_reason_too(tmp_path, make_writer):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "in.parquet"
+    rows = [{"prompt": f"p{i}", "max_tokens": 1} for i in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=20, compression="zstd")
+    with path.open("r+b") as file:  # the first group's data, which the footer does not tell
+        file.seek(4)
+        file.write(b"\xff" * 60)
+    damaged, whole = blocks_of(InputFile(str(path), "in.parquet"), 20)
+    assert make_writer().write(damaged)["failed"].startswith("in.parquet: cannot read (")
+    writer = make_writer(skip_errors=True)
+    assert writer.write(damaged)["errors"] == 1
+    assert writer.write(whole)["prompts"] == 20
+    assert "cannot read" in written(tmp_path, damaged, "_errors")[0]["error"]
+    assert len(written(tmp_path, whole)) == 20
+
+
 def test_an_engine_that_does_not_start_is_told(tmp_path, monkeypatch, block):
     def broken(arguments):
         raise UserError("no such folder")
