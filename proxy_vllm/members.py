@@ -1,7 +1,8 @@
 """Build and load the three members with vLLM's own code, and account for their memory."""
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from vllm.transformers_utils.config import get_config
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 
 from proxy_vllm.config import CONFIG_KEY, ROLES, ProxyConfig
+from proxy_vllm.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -169,11 +171,22 @@ def _backend_of(
     return subclass_attention_backend(f"{role}_", backend, MemberBuilder)
 
 
-def load_member(member: nn.Module, member_config: VllmConfig) -> None:
+@contextmanager
+def naming_member(role: str, member_config: VllmConfig) -> Iterator[None]:
+    """Say whose weights do not load: vLLM's errors name tensors, which all three models have."""
+    try:
+        yield
+    except Exception as error:
+        name = member_config.model_config.model
+        raise UserError(f"{role} {name!r}: its weights do not load: {one_line(error)}") from error
+
+
+def load_member(role: str, member: nn.Module, member_config: VllmConfig) -> None:
     """Fill a member from its own checkpoint with the loader that the server was told to use."""
-    loader = get_model_loader(member_config.load_config)
-    loader.load_weights(member, member_config.model_config)
-    retie_embeddings(member, member_config)
+    with naming_member(role, member_config):
+        loader = get_model_loader(member_config.load_config)
+        loader.load_weights(member, member_config.model_config)
+        retie_embeddings(member, member_config)
 
 
 def retie_embeddings(member: nn.Module, member_config: VllmConfig) -> None:

@@ -23,6 +23,7 @@ from proxy_vllm.members import (
     give_own_attention,
     load_member,
     member_vllm_configs,
+    naming_member,
     retie_embeddings,
     separate_attention,
     weight_bytes,
@@ -298,10 +299,11 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the base from ``weights`` and the small members from their own checkpoints."""
-        loaded = self.base.load_weights(weights)
-        retie_embeddings(self.base, self.member_configs["base"])
+        with naming_member("base", self.member_configs["base"]):
+            loaded = self.base.load_weights(weights)
+            retie_embeddings(self.base, self.member_configs["base"])
         for role in ROLES[1:]:
-            load_member(getattr(self, role), self.member_configs[role])
+            load_member(role, getattr(self, role), self.member_configs[role])
         self.weights_loaded = True
         self.member_weight_bytes = {role: weight_bytes(getattr(self, role)) for role in ROLES}
         # vLLM compares what was loaded with what exists. The small members' loaders did so for

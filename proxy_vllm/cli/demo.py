@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,8 +29,8 @@ class DemoSubcommand(CLISubcommand):
 
         if not math.isfinite(args.alpha):
             raise UserError(f"--alpha is {args.alpha}: give a finite number")
-        if args.json is not None and not args.json.absolute().parent.is_dir():
-            raise UserError(f"--json {args.json}: no such folder {args.json.absolute().parent}")
+        if args.json is not None:
+            _check_target(args.json.absolute())
         problems = make_problems("test", args.n, args.seed)
         start = time.monotonic()
 
@@ -61,6 +62,16 @@ class DemoSubcommand(CLISubcommand):
         parser.add_argument("--alpha", type=float, default=1.0, help="default 1.0")
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
         return parser
+
+
+def _check_target(file: Path) -> None:
+    """Refuse, before minutes of work, a file that cannot be written."""
+    if not file.parent.is_dir():
+        raise UserError(f"--json {file}: no such folder {file.parent}")
+    if file.is_dir():
+        raise UserError(f"--json {file} is a folder: name a file")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"--json {file}: cannot be written to")
 
 
 def cmd_init() -> list[CLISubcommand]:

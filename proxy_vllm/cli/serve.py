@@ -1,12 +1,15 @@
 """`proxy-vllm serve`: `vllm serve` for a proxy-tuned model."""
 
 import argparse
+import errno
+from pathlib import Path
 
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.cli.types import CLISubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from proxy_vllm.cli.arguments import add_proxy_arguments, apply_to_namespace
+from proxy_vllm.errors import UserError
 
 # How long requests may go on after SIGTERM (--shutdown-timeout).
 DRAIN_SECONDS = 60
@@ -17,10 +20,16 @@ class ProxyServeSubcommand(ServeSubcommand):
 
     @staticmethod
     def cmd(args: argparse.Namespace) -> None:
+        _check_tls_files(args)
         apply_to_namespace(args)
         # Requests with an alpha that cannot run are answered 400 before they reach the engine.
         args.middleware = [*args.middleware, "proxy_vllm.admission.AdmissionMiddleware"]
-        ServeSubcommand.cmd(args)
+        try:
+            ServeSubcommand.cmd(args)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise UserError(f"--port {args.port} is in use: name another") from error
 
     def subparser_init(self, subparsers: argparse._SubParsersAction) -> FlexibleArgumentParser:
         parser = super().subparser_init(subparsers)
@@ -34,6 +43,16 @@ class ProxyServeSubcommand(ServeSubcommand):
         # vLLM's default, 0, cuts off what is running on SIGTERM.
         parser.set_defaults(shutdown_timeout=DRAIN_SECONDS)
         return parser
+
+
+def _check_tls_files(args: argparse.Namespace) -> None:
+    """vLLM reads them once all weights are loaded, and then says nothing but where it failed."""
+    for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+        file = getattr(args, name)
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"--{name.replace('_', '-')} {file}: no such file")
+    if args.ssl_keyfile is not None and args.ssl_certfile is None:
+        raise UserError("--ssl-keyfile needs --ssl-certfile")
 
 
 def cmd_init() -> list[CLISubcommand]:

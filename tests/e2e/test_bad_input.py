@@ -1,5 +1,6 @@
 """What a user can get wrong before the server starts: one line, exit status 2, no traceback."""
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -172,6 +173,8 @@ CASES = {
     "another task": ({}, ["--runner", "pooling"], ["runner='pooling'"]),
     "negative length": ({}, ["--max-model-len", "-5"], ["--max-model-len is -5", "at least 1"]),
     "missing options file": ({}, ["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+    "missing key file": ({}, ["--ssl-keyfile", "/no.pem"], ["--ssl-keyfile /no.pem", "no such"]),
+    "key without certificate": ({}, ["--ssl-keyfile", __file__], ["needs --ssl-certfile"]),
     "own worker": ({}, ["--worker-cls", "some.Worker"], ["worker_cls", "some.Worker"]),
     "alpha nan": ({}, ["--alpha", "nan"], ["alpha", "'nan'", "finite"]),
     "alpha inf": ({}, ["--alpha=-inf"], ["alpha", "'-inf'", "finite"]),
@@ -255,6 +258,22 @@ def test_not_refused(name, folders):
     """The checks above refuse what they name and nothing beside it."""
     with pytest.raises(Started):
         main(argv(folders, *PASSING[name]))
+
+
+def test_failures_of_the_server_itself_are_one_line(folders, capfd, monkeypatch):
+    """A port that is taken, and an engine process that has logged why it ended."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    for error, tells in (
+        (OSError(errno.EADDRINUSE, "Address already in use"), "--port 8000 is in use"),
+        (RuntimeError("Engine core initialization failed. See above."), "did not start"),
+    ):
+
+        def start(args, error=error):
+            raise error
+
+        monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(start))
+        assert tells in refused(argv(folders, {}, []), capfd)
 
 
 def test_wrong_vllm_version(folders, capfd, monkeypatch):

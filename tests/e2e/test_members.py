@@ -200,3 +200,14 @@ def test_one_member_quantized(role, folders):
         outputs = ask(llm, logprobs=20)
     assert worst_difference(outputs, reference) < 1e-3
     assert worst_difference(outputs, plain) > 0.05, "the test would not notice quantization"
+
+
+@pytest.mark.parametrize("role", ["model", "antiexpert"])
+def test_weights_that_do_not_fit_name_their_member(role, folders):
+    from proxy_vllm.errors import UserError
+
+    config = Path(folders[role]) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 512}))
+    named = f"^{role.replace('model', 'base')} .*: its weights do not load: "
+    with pytest.raises(UserError, match=named), running(**folders):
+        pass

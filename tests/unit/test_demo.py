@@ -178,6 +178,16 @@ def test_antiexpert_and_expert_are_one_shape_and_much_smaller_than_the_base():
     assert sizes["tuned"] == sizes["base"] > 2_000_000
 
 
+@pytest.mark.parametrize("target, tells", [("", "is a folder"), ("no/x.json", "no such folder")])
+def test_a_target_that_cannot_be_written_is_refused_before_the_run(target, tells, tmp_path, capsys):
+    from proxy_vllm.cli.main import main
+
+    with pytest.raises(SystemExit) as exit:
+        main(["demo", "--json", str(tmp_path / target)])
+    assert exit.value.code == 2
+    assert tells in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_demo_command_separates_the_levels(tmp_path):
     out = tmp_path / "demo.json"
