@@ -34,7 +34,10 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         " prefill_context_parallel_size use_ubatching",
     },
     "vllm.config:LoadConfig": {"worker.py": "load_format"},
-    "vllm.config:CompilationConfig": {"own_prompts/prompts.py": "mode"},
+    "vllm.config:CompilationConfig": {
+        "own_prompts/prompts.py": "mode",
+        "runner.py": "cudagraph_capture_sizes",
+    },
     "vllm.config:SchedulerConfig": {
         "batch/generator.py": "max_num_seqs",
         "own_prompts/prompts.py": "scheduler_cls",
@@ -86,10 +89,11 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": {"cpu_worker.py": "sampling_params"},
     "vllm.v1.utils:CpuGpuBuffer": {"cpu_worker.py": "np"},
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": {
-        "runner.py": "batch_sharder device model model_state req_states sampler"
-        " structured_outputs_worker",
+        "runner.py": "batch_sharder compilation_config cudagraph_manager device max_num_reqs model"
+        " model_state req_states sampler structured_outputs_worker vllm_config",
         "worker.py": "get_model",
     },
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager": {"runner.py": "needs_capture pool"},
     "vllm.v1.worker.gpu.model_runner:BatchReqState": {
         "runner.py": "_replace decode_graph_eligible idx_mapping_np req_ids"
     },
@@ -114,12 +118,13 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         " num_tokens prefill_len_np prefill_runs_as_decode_np query_start_loc_np",
     },
     "vllm.v1.worker.gpu.sample.sampler:Sampler": {
-        "sampler.py": "compute_nans logits_processors logprob_token_ids_state"
+        "sampler.py": "compute_nans logits_processors logprob_token_ids_state logprobs_mode"
         " needs_logits_processing req_states return_sampling_mask sampling_states"
         " thinking_budget_state trace_replay_state use_fp64_gumbel",
     },
     "vllm.v1.worker.gpu.sample.states:SamplingStates": {
-        "sampler.py": "min_p num_logprobs seeds temperature top_k top_p vocab_size"
+        "sampler.py": "min_p num_logprobs seeds temperature top_k top_p vocab_size",
+        "sampler_graphs.py": "min_p seeds temperature top_k top_p",
     },
     "vllm.v1.worker.gpu.sample.logit_bias:LogitBiasState": {"sampler.py": "use_logit_bias"},
     "vllm.v1.worker.gpu.sample.penalties:PenaltiesState": {"sampler.py": "use_penalty"},
@@ -232,7 +237,15 @@ CALLS: dict[str, dict[str, str]] = {
     "vllm.v1.worker.gpu.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask": {
         "runner.py": "/5"
     },
-    "vllm.utils.torch_utils:async_tensor_h2d": {"own_prompts/inputs.py": "/1 device dtype"},
+    "vllm.utils.torch_utils:async_tensor_h2d": {
+        "own_prompts/inputs.py": "/1 device dtype",
+        "sampler.py": "/1 device",
+    },
+    "vllm.utils.torch_utils:current_stream": {"sampler_graphs.py": "/0"},
+    "vllm.compilation.cudagraph_pool:capture_pool": {"sampler_graphs.py": "/2"},
+    "vllm.distributed.parallel_state:graph_capture": {"runner.py": "/0 device"},
+    "vllm.utils.gc_utils:freeze_gc_for_cudagraph_capture": {"runner.py": "/0"},
+    "vllm.v1.outputs:LogprobsTensors": {"sampler.py": "/3"},
     "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings": {
         "own_prompts/inputs.py": "/4 num_tokens_padded out"
     },
@@ -320,6 +333,16 @@ HOOKS: dict[str, dict[str, str]] = {
         "self.model_state.prepare_inputs": "",
     },
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens": {"self.sample": ""},
+    # By its name the runner learns that batch-sharded sampling may be used.
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample": {
+        "self.model.compute_logits_local": ""
+    },
+    "vllm.v1.worker.gpu.cudagraph_utils:profile_cudagraph_memory": {
+        "runner.capture_model": "profile_only"
+    },
+    "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": {
+        "self.model_runner.capture_model": ""
+    },
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests": {
         "self.model_state.add_request": "",
         "self.sampler.add_request": "",
