@@ -197,7 +197,9 @@ def test_one_member_quantized(role, folders):
     reference = copy.deepcopy(plain)
     quantize(folders[role], reference.base if role == "model" else reference.expert)
     # With AMX, vLLM's int8 product takes 16-bit inputs alone, which round as in the tests above.
-    dtype, tolerance = ("bfloat16", 0.5) if torch.cpu._is_amx_tile_supported() else ("float32", 1e-3)
+    dtype, tolerance = (
+        ("bfloat16", 0.5) if torch.cpu._is_amx_tile_supported() else ("float32", 1e-3)
+    )
     with running(**folders, dtype=dtype) as llm:
         outputs = ask(llm, logprobs=20)
     difference = worst_difference(outputs, reference)
