@@ -6,9 +6,13 @@ chat are rendered by the templates of those members, if the server has any.
 
 import asyncio
 import json
+import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
+
+from starlette.exceptions import HTTPException
 
 from proxy_vllm.config import ALPHA_KEY, ProxyConfig
 from proxy_vllm.errors import UserError
@@ -16,7 +20,8 @@ from proxy_vllm.own_prompts.prompts import PROMPT_KEYS, RESOLVED_KEY, check_toke
 
 _XARGS = "vllm_xargs"
 _OUR_KEYS = (ALPHA_KEY, *PROMPT_KEYS.values())
-# Bodies that mention none of these pass without being parsed.
+# Bodies that mention none of these pass without being parsed; see _may_name_our_keys.
+_ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 _MENTIONS = (b"proxy_alpha", *(key.encode() for key in (*PROMPT_KEYS.values(), RESOLVED_KEY)))
 
 _CHAT = "/v1/chat/completions"
@@ -32,6 +37,9 @@ _WITHOUT_TEMPLATES = (
     *(f"{route}{tail}" for route in ("/v1/responses", "/v1/messages") for tail in ("", "/render")),
     *("/cohere/v2/chat", "/cohere/v2/chat/render"),
 )
+
+# Routes that read no extra arguments: the strength of a request would be lost on them.
+_WITHOUT_XARGS = ("/generative_scoring", "/v1/systemone", "/cohere/v2/chat")
 
 
 class AdmissionMiddleware:
@@ -53,34 +61,56 @@ class AdmissionMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
+        refusal: UserError | None = None
+        replay: Iterator[dict] | None = None
+
+        # Bodies are read when the application asks for one: it may answer by the headers alone, as
+        # vLLM's authentication does, which is behind this middleware.
+        async def receive_admitted() -> dict:
+            nonlocal refusal, replay
+            if replay is None and refusal is None:
+                try:
+                    replay = iter(await self._read(scope, receive))
+                except UserError as error:
+                    refusal = error
+            if replay is None:
+                raise HTTPException(400, str(refusal))
+            message = next(replay, None)
+            return message if message is not None else await receive()
+
+        async def send_unless_refused(message: dict) -> None:
+            if refusal is None:
+                await send(message)
+
+        try:
+            await self.app(scope, receive_admitted, send_unless_refused)
+        except HTTPException:
+            if refusal is None:
+                raise
+        if refusal is not None:
+            await _refuse(send, str(refusal))
+
+    async def _read(self, scope: dict, receive: Any) -> list[dict]:
+        """Messages that bring the admitted body; ``UserError`` if the request must not run."""
         messages, body = [], bytearray()
         while True:
             message = await receive()
             messages.append(message)
             if message["type"] != "http.request":
-                break
+                return messages
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
         state = scope["app"].state
-        if getattr(state, "vllm_config", None) and messages[-1]["type"] == "http.request":
-            try:
-                changed = await self._admit(state, scope["path"], bytes(body))
-            except UserError as error:
-                await _refuse(send, str(error))
-                return
-            if changed is not None:
-                messages = [{"type": "http.request", "body": changed, "more_body": False}]
-                sized = (b"content-length", b"transfer-encoding")
-                headers = [(name, value) for name, value in scope["headers"] if name not in sized]
-                scope = {**scope, "headers": [*headers, (b"content-length", b"%d" % len(changed))]}
-        replay = iter(messages)
-
-        async def receive_again() -> dict:
-            message = next(replay, None)
-            return message if message is not None else await receive()
-
-        await self.app(scope, receive_again, send)
+        if not getattr(state, "vllm_config", None):
+            return messages
+        changed = await self._admit(state, scope["path"], bytes(body))
+        if changed is None:
+            return messages
+        sized = (b"content-length", b"transfer-encoding")
+        headers = [(name, value) for name, value in scope["headers"] if name not in sized]
+        scope["headers"][:] = [*headers, (b"content-length", b"%d" % len(changed))]
+        return [{"type": "http.request", "body": changed, "more_body": False}]
 
     async def _admit(self, state: Any, path: str, body: bytes) -> bytes | None:
         """Check a body; return it rewritten if prompts of the small members were put in."""
@@ -94,7 +124,7 @@ class AdmissionMiddleware:
                 f" {path} does not: use {_CHAT}"
             )
         chat = templates and path.endswith((*_CHATS, _EITHER))
-        if not chat and not any(key in body for key in _MENTIONS):
+        if not chat and not _may_name_our_keys(body):
             return None
         try:
             # NaN and Infinity are not JSON, but Python's parser (and so vLLM's) takes them.
@@ -111,9 +141,9 @@ class AdmissionMiddleware:
                 return None
         xargs = fields.get(place)
         named = xargs if isinstance(xargs, dict) else {}
-        for key in _OUR_KEYS:
-            if key in request and key not in named:
-                raise UserError(f'{key} belongs in {place}: {{"{key}": ...}}')
+        if path.endswith(_WITHOUT_XARGS) and not {*named, *request}.isdisjoint(_OUR_KEYS):
+            raise UserError(f"{path} reads no {_XARGS}: it answers with the server's alpha")
+        _check_places(request, fields, place, named)
         proxy.alpha_of(named)
         chat = chat and isinstance(request.get("messages"), list)
         prompts = chat or not named.keys().isdisjoint((*PROMPT_KEYS.values(), RESOLVED_KEY))
@@ -194,6 +224,24 @@ class AdmissionMiddleware:
             tools=tools and [tool.model_dump() for tool in tools],
             add_special_tokens=chat.add_special_tokens,
         )
+
+
+def _may_name_our_keys(body: bytes) -> bool:
+    """Whether a body is worth parsing: keys may be spelled with escapes, or in wide units."""
+    if any(key in body for key in _MENTIONS):
+        return True
+    return _ESCAPED_ASCII.search(body) is not None or b"\0" in body[:4]
+
+
+def _check_places(request: dict, fields: dict, place: str, named: dict) -> None:
+    """Refuse our keys where nothing would read them."""
+    homes = [home for home in (request, fields) if isinstance(home, dict)]
+    nested = [value for home in homes for name, value in home.items() if name != place]
+    for key in _OUR_KEYS:
+        if key in named:
+            continue
+        if any(isinstance(home, dict) and key in home for home in (*homes, *nested)):
+            raise UserError(f'{key} belongs in {place}: {{"{key}": ...}}')
 
 
 def _check_base_prompt(request: dict) -> None:

@@ -200,6 +200,8 @@ def apply_to_engine_args(
             "method": "draft_model",
             "num_speculative_tokens": speculative_tokens,
         }
+    if proxy.fused_head_max_batch > 0 and on_cpu and cpu_runner() == "v1":
+        raise UserError("--fused-head-max-batch needs Model Runner V2, a GPU's: leave it out")
     if proxy.takes_own_prompts and (excluded := _excludes_own_prompts(out, on_cpu)):
         raise UserError(f"--own-prompts, or a chat template of a small member: {excluded}")
     if proxy.sampler_cuda_graphs and (excluded := _excludes_sampler_graphs(out, on_cpu)):

@@ -88,11 +88,13 @@ def validate_trio(
             + (f": {why}" if why else "")
         )
     check_speculation(kwargs.get("speculative_config"))
+    load_format = str(kwargs.get("load_format") or "auto")
+    check_load_format(load_format)
     configs = member_configs(kwargs, proxy)
     for role, config in configs.items():
         check_architecture(role, config)
     for role, config in configs.items():
-        check_weights(role, config.model, str(kwargs.get("load_format") or "auto"))
+        check_weights(role, config.model, load_format)
     check_tensor_parallel(configs, int(kwargs.get("tensor_parallel_size") or 1))
     if speculative_tokens:
         check_draft_vocabulary(configs)
@@ -145,6 +147,16 @@ def check_architecture(role: str, config: "ModelConfig") -> None:
         raise UserError(
             f"{name} uses sliding-window or other partial attention ({kind}): proxy_vllm runs"
             " full attention; --disable-sliding-window caps the length at the window instead"
+        )
+
+
+def check_load_format(load_format: str) -> None:
+    """Refuse a format that no loader of vLLM's reads; what a loader cannot do, the worker says."""
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER as loaders
+
+    if load_format not in loaders:
+        raise UserError(
+            f"--load-format {load_format} is not known: use auto, safetensors, pt or dummy"
         )
 
 

@@ -173,6 +173,7 @@ CASES = {
     "another task": ({}, ["--runner", "pooling"], ["runner='pooling'"]),
     "negative length": ({}, ["--max-model-len", "-5"], ["--max-model-len is -5", "at least 1"]),
     "missing options file": ({}, ["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+    "unknown load format": ({}, ["--load-format", "gguf"], ["--load-format gguf", "safetensors"]),
     "missing key file": ({}, ["--ssl-keyfile", "/no.pem"], ["--ssl-keyfile /no.pem", "no such"]),
     "key without certificate": ({}, ["--ssl-keyfile", __file__], ["needs --ssl-certfile"]),
     "own worker": ({}, ["--worker-cls", "some.Worker"], ["worker_cls", "some.Worker"]),

@@ -146,6 +146,11 @@ def test_key_health_and_metrics(server):
     wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
     with pytest.raises(openai.AuthenticationError):
         wrong.models.list()
+    # Who has no key learns nothing of what is admitted.
+    with pytest.raises(openai.AuthenticationError):
+        wrong.completions.create(
+            model="steered", prompt=[5], extra_body={"vllm_xargs": {"proxy_alpha": 99}}
+        )
     assert [m.id for m in server.client.models.list()] == ["steered"]
     assert server.status("/health") == 200
     metrics = urllib.request.urlopen(server.url + "/metrics").read().decode()

@@ -96,7 +96,7 @@ class Server:
     def refused(self, path: str, request) -> dict:
         body = request if isinstance(request, bytes) else json.dumps(request).encode()
         status, answer = self.post(path, [body])
-        assert status == 400 and self.received is None
+        assert status == 400 and not self.received
         assert "\n" not in answer["error"]["message"]
         return answer["error"]
 
@@ -342,6 +342,11 @@ REFUSALS = [
     (COMPLETIONS, {"proxy_alpha": 1}, 'proxy_alpha belongs in vllm_xargs: {"proxy_alpha": ...}'),
     (COMPLETIONS, {"proxy_expert_prompt": "w5"}, "proxy_expert_prompt belongs in vllm_xargs"),
     (TOKENS, {"proxy_alpha": 1, "sampling_params": {}}, "proxy_alpha belongs in extra_args"),
+    (TOKENS, {"sampling_params": {"proxy_alpha": 1}}, "proxy_alpha belongs in extra_args"),
+    (COMPLETIONS, {"extra_args": {"proxy_alpha": 1}}, "proxy_alpha belongs in vllm_xargs"),
+    (CHAT, {"extra_body": {"proxy_expert_prompt": "w5"}}, "belongs in vllm_xargs"),
+    ("/generative_scoring", xargs(proxy_alpha=1), "/generative_scoring reads no vllm_xargs"),
+    ("/v1/systemone", {"proxy_alpha": 1}, "/v1/systemone reads no vllm_xargs"),
 ]
 
 
@@ -351,6 +356,44 @@ def test_refusals(plain, path, request_, message):
     assert message in error["message"]
     assert (error["type"], error["code"]) == ("BadRequestError", 400)
     assert error["param"] in ("proxy_alpha", "proxy_expert_prompt", "vllm_xargs")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"prompt": "w5", "vllm_xargs": {"proxy\u005falpha": 11}}',
+        rb'{"prompt": "w5", "vllm_xargs": {"\u0070roxy_alpha": 11}}',
+        '{"vllm_xargs": {"proxy_alpha": 11}}'.encode("utf-16"),
+        '{"vllm_xargs": {"proxy_alpha": 11}}'.encode("utf-16-be"),
+        '{"vllm_xargs": {"proxy_alpha": 11}}'.encode("utf-32"),
+        '{"vllm_xargs": {"proxy_alpha": 11}}'.encode("utf-8-sig"),
+        b'{"vllm_xargs": {"proxy_alpha": 1}, "vllm_xargs": {"proxy_alpha": 11}}',
+    ],
+)
+def test_no_spelling_of_a_key_passes_unseen(plain, body):
+    """Whatever Python's parser reads, since vLLM's server reads bodies with it."""
+    assert json.loads(body)["vllm_xargs"] == {"proxy_alpha": 11}
+    assert "proxy_alpha is 11" in plain.refused(COMPLETIONS, body)["message"]
+
+
+def test_a_body_that_the_application_does_not_ask_for_is_not_read(plain):
+    """As when vLLM's authentication, which is behind, answers that the key is wrong."""
+    sent = []
+
+    async def unauthorized(scope, receive, send):
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def receive():
+        raise AssertionError("the body was read")
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": []}
+    app = SimpleNamespace(state=plain.state)
+    asyncio.run(AdmissionMiddleware(unauthorized)({**scope, "app": app}, receive, send))
+    assert sent[0]["status"] == 401 and len(sent) == 2
 
 
 @pytest.mark.parametrize(

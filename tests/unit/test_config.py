@@ -115,6 +115,12 @@ def test_graphs_of_the_sampler_are_refused_where_they_would_do_nothing(
     apply_to_engine_args({"model": "b", **kwargs}, ProxyConfig(**MEMBERS))
 
 
+def test_the_fused_head_is_refused_on_the_runner_that_has_none():
+    proxy = ProxyConfig(**MEMBERS, fused_head_max_batch=4)
+    with pytest.raises(UserError, match="--fused-head-max-batch needs Model Runner V2"):
+        apply_to_engine_args({"model": "b"}, proxy)
+
+
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if k != "PROXY_VLLM_CPU_RUNNER"}
     return subprocess.run(
