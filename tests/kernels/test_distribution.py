@@ -3,9 +3,9 @@
 What is proven where, for each mixture of filters:
 
 - Everywhere: 120,000 tokens drawn by the float64 reference fit the softmax, and the kernels draw
-  the same tokens at the first positions. On a CPU these are 8,000 positions a mixture, 48,000 in
-  all, since the interpreter takes milliseconds a token; without a single difference in 8,000, fewer
-  than 4 in 10,000 of the kernels' tokens can differ from the reference's (95 %). The filters'
+  the same tokens at the first positions. On a CPU these are 6,000 positions a mixture, 36,000 in
+  all, since the interpreter takes milliseconds a token; without a single difference in 6,000, fewer
+  than 5 in 10,000 of the kernels' tokens can differ from the reference's (95 %). The filters'
   threshold does not depend on the position, so that it is searched for once, and all positions
   share it; 100 positions go through `proxy_sample` from end to end.
 - Everywhere: 120,000 tokens of the fused head, which draws many rows at once, fit the softmax.
@@ -135,7 +135,7 @@ def test_frequencies(device, name):
     assert_fits(scores.argmax(1), expected(filters))
     if INTERPRETED:
         assert_same_draws(draw_by_kernel(filters, 100, device), scores)
-        assert_same_draws(in_two_processes(draw_after_one_search, filters, 8_000), scores)
+        assert_same_draws(in_two_processes(draw_after_one_search, filters, 6_000), scores)
     else:
         assert_same_draws(draw_by_kernel(filters, 120_000, device), scores)
 
@@ -175,6 +175,7 @@ def test_frequencies_of_the_fused_head(device, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU draws 10 million")
 @pytest.mark.parametrize("name", MIXTURES)
 def test_frequencies_of_the_kernels_alone(name):
