@@ -101,21 +101,20 @@ def member_dtypes(llm) -> dict[str, torch.dtype]:
     return dtypes
 
 
+def in_bfloat16(role: str) -> dict:
+    """Arguments for one member in bfloat16: a small one's dtype is the base's unless it says so."""
+    if role == "expert":
+        return {"expert_args": {"dtype": "bfloat16"}}
+    small = {"dtype": "float32"}
+    return {"dtype": "bfloat16", "expert_args": small, "antiexpert_args": small}
+
+
 @pytest.mark.parametrize("role", ["model", "expert"])
 def test_one_member_in_bfloat16(role, folders):
     reference = load(folders)
     name = "base" if role == "model" else role
     getattr(reference, name).to(torch.bfloat16)
-    # A small member's dtype is the base's unless it names its own.
-    args = (
-        {"expert_args": {"dtype": "bfloat16"}}
-        if role == "expert"
-        else {
-            "dtype": "bfloat16",
-            "expert_args": {"dtype": "float32"},
-            "antiexpert_args": {"dtype": "float32"},
-        }
-    )
+    args = in_bfloat16(role)
     with running(**folders, **args) as llm:
         dtypes = member_dtypes(llm)
         outputs = ask(llm, logprobs=20)
@@ -197,13 +196,11 @@ def test_one_member_quantized(role, folders):
     reference = copy.deepcopy(plain)
     quantize(folders[role], reference.base if role == "model" else reference.expert)
     # With AMX, vLLM's int8 product takes 16-bit inputs alone, which round as in the tests above.
-    dtype, tolerance = (
-        ("bfloat16", 0.5) if torch.cpu._is_amx_tile_supported() else ("float32", 1e-3)
-    )
-    with running(**folders, dtype=dtype) as llm:
+    amx = torch.cpu._is_amx_tile_supported()
+    with running(**folders, **(in_bfloat16(role) if amx else {})) as llm:
         outputs = ask(llm, logprobs=20)
     difference = worst_difference(outputs, reference)
-    assert difference < tolerance
+    assert difference < (0.5 if amx else 1e-3)
     assert worst_difference(outputs, plain) > max(0.05, difference), "it is not quantized"
 
 
