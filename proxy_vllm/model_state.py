@@ -131,7 +131,7 @@ class ProxyModelState(DefaultModelState):
             assert cudagraph_mode != CUDAGraphMode.FULL
             make = own.compact
         else:
-            make = partial(own.shift, slot_mappings=slot_mappings)
+            make = partial(own.shift, slot_mappings=slot_mappings, for_capture=for_capture)
         self.step, metadata = make(
             input_batch, block_tables, attn_groups=attn_groups, prepare=prepare
         )

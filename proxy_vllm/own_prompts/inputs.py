@@ -184,8 +184,14 @@ class OwnPromptState:
         slot_mappings: torch.Tensor,  # [1, N]
         attn_groups: list[list[AttentionGroup]],
         prepare: PrepareAttention,
+        for_capture: bool,
     ) -> tuple[Step, dict[str, Any]]:
-        """Inputs and metadata of a batch all of whose rows every model has."""
+        """Inputs and metadata of a batch all of whose rows every model has.
+
+        Args:
+            slot_mappings: the scheduler's.
+            for_capture: of a graph, which will read the tensors of its metadata in every replay.
+        """
         own = self.any_in(batch.req_ids)
         pads = self.pads.gpu if own else self.no_pads
         _shift_kernel[(len(ROLES), batch.num_reqs_after_padding + 1)](
@@ -212,6 +218,9 @@ class OwnPromptState:
         )
         size = batch.num_tokens_after_padding
         members = self.static_inputs(size)
+        if not own and not for_capture:
+            # The same values for all: graphs take them from our buffers and the builders' own.
+            return Step(batch, members), prepare(batch, block_tables, slot_mappings, attn_groups)
         metadata: dict[str, Any] = {}
         for m, (role, inputs) in enumerate(zip(ROLES, members, strict=True)):
             fields: dict[str, Any] = {}
