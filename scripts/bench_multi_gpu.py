@@ -70,7 +70,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         for name, value in SMOKE.items():
             if f"--{name.replace('_', '-')}" not in given:
                 setattr(args, name, value)
-        for role in ("base", "expert", "antiexpert"):
+        for role in ("base", "expert", "antiexpert", "tuned"):
             setattr(args, role, getattr(args, role) or str(model_path(role)))
     if not (args.base and args.expert and args.antiexpert):
         parser.error("name BASE, --expert and --antiexpert, or give --smoke")

@@ -62,7 +62,8 @@ def test_multi_gpu_smoke_has_every_field(tmp_path):
     two = [("proxy", "batch", 2)] if len(os.sched_getaffinity(0)) > 1 else []
     assert set(cells) >= {
         *two, ("proxy", "batch", 1), ("base", "batch", 1), ("expert", "batch", 1),
-        ("loop", "batch", 1), ("remote-logprobs", "batch", 1), ("proxy", "rate", 1),
+        ("tuned", "batch", 1), ("loop", "batch", 1), ("remote-logprobs", "batch", 1),
+        ("proxy", "rate", 1),
     }  # fmt: skip
     for row in result["rows"]:
         check_provenance(row, "bench_multi_gpu.py")
