@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import regex
 import torch
-from engines import greedy_params, prompt_ids, running
+from engines import RUNNER, greedy_params, prompt_ids, running
 from reference_loop import Process, Trio, greedy, prompt_logits
 from tiny_models import make_model
 
@@ -258,6 +258,33 @@ def test_structured_texts_obey_their_grammars(answers):
     value = json.loads(texts["json"])
     assert value["mode"] in (4, 42, 2)
     assert isinstance(value["on"], bool)
+
+
+@pytest.mark.skipif(RUNNER == "v2", reason="vLLM's top-k/top-p kernel stops the interpreter")
+@pytest.mark.parametrize("name", ["three penalties", "logit_bias", "bad_words", "json", "regex"])
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-6}, {"top_k": 9, "min_p": 1.0}])
+def test_filters_beside_what_needs_all_logits(name, filters, llm, cases, reference):
+    """Filters that leave one token make a random draw exact, beside log-probabilities too."""
+    from vllm import SamplingParams
+
+    case = cases[name]
+    tokens, steps = greedy(
+        reference, case.prompt, STEPS, case.alpha, case.stop_ids, process=case.process
+    )
+    params = SamplingParams(
+        **{"ignore_eos": True, **case.params, **filters},
+        temperature=1.3,
+        seed=7,
+        max_tokens=STEPS,
+        logprobs=2,
+        extra_args={"proxy_alpha": case.alpha},
+    )
+    completion = generate(llm, [(case.prompt, params)])[0].outputs[0]
+    assert list(completion.token_ids) == tokens
+    for i, (token, logits) in enumerate(zip(tokens, steps, strict=True)):
+        if "structured_outputs" in case.params:  # vLLM masks before it takes log-probabilities
+            logits = case.process(tokens[:i], logits)
+        assert close(completion.logprobs[i][token].logprob, logits.log_softmax(-1)[token])
 
 
 def test_stop_strings(llm, reference):
