@@ -360,8 +360,14 @@ def test_logprobs_of_named_tokens(llm, reference):
         assert all(close(entry.logprob, want[index]) for index, entry in got.items())
 
 
-def test_prompt_logprobs(llm, reference):
-    """Over prompts that take several prefill chunks, each with its own alpha."""
+@pytest.mark.parametrize("rows", [1024, 24])
+def test_prompt_logprobs(rows, llm, reference, monkeypatch):
+    """Over prompts that take several prefill chunks, each with its own alpha.
+
+    Once the model combines the logits of a chunk at once, once in parts of 24 rows.
+    """
+    llm.reset_prefix_cache()
+    monkeypatch.setattr("proxy_vllm.model._LOGIT_ROWS", rows)
     prompts = prompt_ids([150, 23, 64, 65], seed=3)
     requests = [
         (prompt, greedy_params(2, proxy_alpha=alpha, prompt_logprobs=3))
