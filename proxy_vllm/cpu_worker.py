@@ -94,6 +94,9 @@ class ProxyCPUWorker(ProxyWorker, CPUWorker):
 
     def init_device(self) -> None:
         super().init_device()
+        # vLLM's 16-bit attention uses AMX tiles without asking the system for them (0.32.0). Where
+        # no matrix product is large enough that oneDNN has asked, the process ends by SIGILL.
+        torch.cpu._init_amx()
         # vLLM's CPU worker has no `_make_model_runner`; the runner it made holds no weights yet.
         self.model_runner = self._make_model_runner()
 

@@ -2,11 +2,13 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from engines import greedy_params, prompt_ids, running
+from engines import RUNNER, greedy_params, prompt_ids, running
 from reference_loop import Trio, greedy, prompt_logits
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
@@ -144,6 +146,28 @@ def test_all_members_in_bfloat16(folders):
         model.to(torch.bfloat16)
     assert set(dtypes.values()) == {torch.bfloat16}
     assert worst_difference(outputs, reference) < 0.5
+
+
+@pytest.mark.skipif(
+    RUNNER == "v2" or not torch.cpu._is_amx_tile_supported(), reason="V1, on a CPU with AMX"
+)
+def test_small_members_in_bfloat16_in_a_process_of_their_own():
+    """Attention is the first to use AMX there: no matrix product of these models does."""
+    code = """
+from proxy_vllm import ProxyLLM
+from proxy_vllm.demo import model_path
+from vllm import SamplingParams
+
+base, expert, antiexpert = (str(model_path(role)) for role in ("base", "expert", "antiexpert"))
+llm = ProxyLLM(
+    base, expert=expert, antiexpert=antiexpert, dtype="bfloat16", max_model_len=128,
+    enforce_eager=True, kv_cache_memory_bytes=64 << 20,
+)
+(output,) = llm.generate(["w"], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+assert len(output.outputs[0].token_ids) == 4
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 KIND = {"num_bits": 8, "type": "int", "symmetric": True}
