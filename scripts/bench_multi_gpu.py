@@ -20,7 +20,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bench_common import TOLERANCE, provenance, script_argv
+from bench_common import ROOT, TOLERANCE, provenance, script_argv
 
 SYSTEMS = ("proxy", "base", "expert", "tuned", "loop", "remote-logprobs")
 SMOKE = {
@@ -136,7 +136,8 @@ def main() -> None:
     table = markdown(result)
     print(table)
     if path:
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        # The models in the box have the same names in every checkout.
+        path.write_text(json.dumps(result, indent=2).replace(f"{ROOT}/", "") + "\n")
         Path(path.with_suffix(".md")).write_text(table)
         plot(result, path.with_suffix(".png"))
     if failed := [row for row in result["rows"] if row["error"]]:
