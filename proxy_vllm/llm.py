@@ -4,7 +4,8 @@ from typing import Any
 
 from vllm import LLM
 
-from proxy_vllm.config import ROLES, ProxyConfig, apply_to_engine_args, check_vllm_version
+from proxy_vllm.config import ROLES, ProxyConfig, check_vllm_version
+from proxy_vllm.engine_args import apply_to_engine_args
 from proxy_vllm.errors import UserError
 from proxy_vllm.own_prompts.chat_templates import AUTO, resolve_template
 from proxy_vllm.own_prompts.front_end import INPUT_KEY, MemberPrompts

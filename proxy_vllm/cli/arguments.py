@@ -117,7 +117,8 @@ def apply_to_namespace(args: argparse.Namespace) -> None:
     Raises:
         UserError: members that do not fit together or cannot be read.
     """
-    from proxy_vllm.config import apply_to_engine_args, check_vllm_version
+    from proxy_vllm.config import check_vllm_version
+    from proxy_vllm.engine_args import apply_to_engine_args
     from proxy_vllm.own_prompts.chat_templates import resolve_template
     from proxy_vllm.plugin import register
     from proxy_vllm.validate import validate_trio
