@@ -1,0 +1,69 @@
+"""Arguments of a plain engine become those of a proxy-tuned one, or are refused by name."""
+
+import pytest
+
+from proxy_vllm import ProxyConfig
+from proxy_vllm.config import CONFIG_KEY
+from proxy_vllm.engine_args import apply_to_engine_args
+from proxy_vllm.errors import UserError
+
+MEMBERS = {"expert": "e", "antiexpert": "a"}
+
+
+def test_engine_arguments_keep_what_the_user_set():
+    kwargs = {
+        "model": "b",
+        "hf_overrides": {"rope_theta": 1e6},
+        "additional_config": {"mine": 1},
+        "kv_cache_memory_bytes": 123,
+    }
+    out = apply_to_engine_args(kwargs, ProxyConfig(**MEMBERS), speculative_tokens=3)
+    assert out["hf_overrides"]["rope_theta"] == 1e6
+    assert out["additional_config"]["mine"] == 1
+    assert out["additional_config"][CONFIG_KEY]["expert"] == "e"
+    assert out["kv_cache_memory_bytes"] == 123
+    assert out["speculative_config"]["model"] == "e"
+    assert kwargs["hf_overrides"] == {"rope_theta": 1e6}, "the caller's dictionary is not changed"
+
+
+@pytest.mark.parametrize(
+    "kwargs, tokens, named",
+    [
+        ({"worker_cls": "my.Worker"}, None, "worker_cls"),
+        ({"hf_overrides": len}, None, "hf_overrides"),
+        ({"speculative_config": {"method": "ngram"}}, 2, "--speculative-config"),
+        ({}, -1, "--speculative-tokens"),
+    ],
+)
+def test_arguments_that_cannot_be_honoured(kwargs, tokens, named):
+    with pytest.raises(UserError, match=named):
+        apply_to_engine_args(
+            {"model": "b", **kwargs}, ProxyConfig(**MEMBERS), speculative_tokens=tokens
+        )
+
+
+@pytest.mark.parametrize(
+    "on_cpu, kwargs, named",
+    [
+        (True, {}, "no CUDA graphs on a CPU"),
+        (False, {"enforce_eager": True}, "--enforce-eager"),
+        (False, {"tensor_parallel_size": 2}, "--tensor-parallel-size"),
+    ],
+)
+def test_graphs_of_the_sampler_are_refused_where_they_would_do_nothing(
+    monkeypatch, on_cpu, kwargs, named
+):
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: on_cpu)
+    asked = ProxyConfig(**MEMBERS, sampler_cuda_graphs=True)
+    with pytest.raises(UserError, match=r"^--sampler-cuda-graphs: ") as refused:
+        apply_to_engine_args({"model": "b", **kwargs}, asked)
+    assert named in str(refused.value)
+    apply_to_engine_args({"model": "b", **kwargs}, ProxyConfig(**MEMBERS))
+
+
+def test_the_fused_head_is_refused_on_the_runner_that_has_none():
+    proxy = ProxyConfig(**MEMBERS, fused_head_max_batch=4)
+    with pytest.raises(UserError, match="--fused-head-max-batch needs Model Runner V2"):
+        apply_to_engine_args({"model": "b"}, proxy)
