@@ -38,6 +38,14 @@ class ProxyCPUModelRunner(CPUModelRunner):
                 device=self.device,
             )
 
+    @torch.inference_mode()
+    def warming_up_model(self) -> None:
+        super().warming_up_model()
+        if self.model.compiled and get_pp_group().is_last_rank:
+            # vLLM has run many rows; one alone is another shape to Dynamo.
+            row = torch.zeros(1, self.model.packed_width, dtype=self.model.hidden_dtype)
+            self.model.compute_logits(row)
+
     def _batch_alphas(self) -> np.ndarray:  # [num_reqs] float32
         """Alpha of each row. A request's is read once, unless its parameters are replaced."""
         if len(self.alphas) > 2 * self.max_num_reqs:

@@ -6,6 +6,9 @@ What widths, infinities and NaN mean is defined once, in ``kernels/reference.py`
 Triton's interpreter) the kernel of ``kernels/combine_sample.py`` computes it, on a CPU PyTorch.
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 
 from proxy_vllm.envs import cpu_runner
@@ -16,19 +19,52 @@ def combine_logits(
     expert: torch.Tensor,  # [B, V_e]
     antiexpert: torch.Tensor,  # [B, V_a]
     alpha: torch.Tensor,  # [B] float32
+    *,
+    compiled: bool = False,
 ) -> torch.Tensor:  # [B, V] float32
-    """Combine raw logits of the three members; a row with alpha 0 is the base's row exactly."""
+    """Combine raw logits of the three members; a row with alpha 0 is the base's row exactly.
+
+    Args:
+        compiled: on a CPU, compile the formula for one pass over memory. Its first calls take
+            seconds: for engines that compile their models too.
+    """
     if base.is_cuda or cpu_runner() == "v2":
         from proxy_vllm.kernels.combine_sample import proxy_combine
 
         return proxy_combine(base, expert, antiexpert, alpha)
     width = min(base.shape[-1], expert.shape[-1], antiexpert.shape[-1])
-    shift = expert[:, :width].to(torch.float32, copy=True)
-    shift -= antiexpert[:, :width]
-    if not shift.sum().isfinite():  # cheaper than looking at each; rare enough to look twice
-        from proxy_vllm.kernels.reference import combine
+    combine_finite = _compiled() if compiled and width == base.shape[-1] else _combine_finite
+    logits, finite = combine_finite(base, expert[:, :width], antiexpert[:, :width], alpha)
+    if finite:
+        return logits
+    from proxy_vllm.kernels.reference import combine
 
-        return combine(base, expert, antiexpert, alpha, dtype=torch.float32)
+    return combine(base, expert, antiexpert, alpha, dtype=torch.float32)
+
+
+def _combine_finite(
+    base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor, alpha: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula where the small members' logits are finite, and whether they are.
+
+    In place, since each new tensor of this size costs a pass. Infinities are rare, so that a sum
+    that hides none is enough to look for them.
+    """
+    shift = expert.to(torch.float32, copy=True)
+    shift -= antiexpert
     logits = base.to(torch.float32, copy=True)
-    logits[:, :width].addcmul_(shift, alpha[:, None])
-    return logits
+    logits[:, : shift.shape[1]].addcmul_(shift, alpha[:, None])
+    return logits, shift.sum().isfinite()
+
+
+def _combine_finite_in_one_pass(
+    base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor, alpha: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for equal widths, in the form from which Inductor makes one loop."""
+    shift = expert.float() - antiexpert.float()
+    return base.float() + alpha[:, None] * shift, shift.isfinite().all()
+
+
+@cache
+def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    return torch.compile(_combine_finite_in_one_pass, dynamic=True)

@@ -60,10 +60,11 @@ class ShardedHeads:
     another rank's shard of the base then travel, those of the small members alone.
     """
 
-    def __init__(self, members: list[nn.Module], vocab_size: int) -> None:
+    def __init__(self, members: list[nn.Module], vocab_size: int, compiled: bool = False) -> None:
         group = get_tp_group()
         self.members = members
         self.vocab_size = vocab_size
+        self.compiled = compiled
         self.exchange = Exchange(group.device_group)
         self.rank = group.rank_in_group
         self.ranges = [shard_ranges(member.lm_head, group.world_size) for member in members]
@@ -95,7 +96,7 @@ class ShardedHeads:
         if base.shape[1] == 0:
             own = base.float()
         else:
-            own = combine_logits(base, expert, antiexpert, alpha)
+            own = combine_logits(base, expert, antiexpert, alpha, compiled=self.compiled)
         return nn.functional.pad(own, (0, self.width - own.shape[1]))
 
     def combined(self, shards: Shards, alpha: torch.Tensor) -> torch.Tensor:  # [N, V] float32

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 from vllm.config import VllmConfig
-from vllm.config.compilation import CUDAGraphMode
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
@@ -76,11 +76,12 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
                         " --pipeline-parallel-size; use --tensor-parallel-size"
                     )
         dtypes = {config.model_config.dtype for config in self.member_configs.values()}
+        self.compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
         # Any 16-bit hidden state passes through float32 unchanged.
         self.hidden_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         self.sharded_heads: ShardedHeads | None = None
         if get_pp_group().is_last_rank and ShardedHeads.supports(self.members()):
-            self.sharded_heads = ShardedHeads(self.members(), self.vocab_size)
+            self.sharded_heads = ShardedHeads(self.members(), self.vocab_size, self.compiled)
             # By its name alone vLLM tells that batch-sharded sampling may be used.
             self.compute_logits_local = self._compute_logits_local
         # Taken before vLLM repacks weights into forms that are no parameters (as it does on a CPU).
@@ -260,7 +261,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             assert self.sharded_heads is not None
             return self.sharded_heads.combined(Shards(members, logits.vocab_start), alpha)
         base, expert, antiexpert = members
-        return combine_logits(base, expert, antiexpert, alpha)
+        return combine_logits(base, expert, antiexpert, alpha, compiled=self.compiled)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Combined logits ``[N, V]`` in float32 of rows that ``forward`` returned."""
