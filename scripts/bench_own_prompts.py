@@ -1,20 +1,22 @@
 #!/usr/bin/env python
 """What a prompt for each model costs in a decode step, at real shapes without real weights.
 
-    python scripts/bench_own_prompts.py --json benchmarks/results/own_prompts.json     # one GPU
+    python scripts/bench_own_prompts.py --json benchmarks/results/own_prompts_bench.json   # one GPU
     python scripts/bench_own_prompts.py --cpu --json benchmarks/results/own_prompts_cpu.json
     python scripts/bench_own_prompts.py --smoke --json /tmp/own_prompts.json           # tiny
 
 Three systems: `off`, an engine without --own-prompts; `idle`, one with it whose requests read one
 prompt; `own`, the same engine, whose experts read a longer prompt and antiexperts a shorter one.
-A step is the difference of two runs of one batch that differ in length only. Engines have processes
-of their own and take turns; in one engine `idle` and `own` take turns. Before that, an engine must
-choose the Transformers models' tokens in a batch of both kinds; otherwise nothing is reported.
+A step is the difference of two runs of one batch that differ in length only. Both engines live in
+processes of their own at the same time, and the three systems take turns, forth and back: a ratio
+is of steps measured seconds apart, and the figure is the median of all turns with its interval.
+Before that, an engine must choose the Transformers models' tokens in a batch of both kinds;
+otherwise nothing is reported.
 
 On a CPU, Triton's kernels run in its interpreter, thousands of times slower than on a GPU: steps
 are given with the time in there and without, and ratios without. --cpu has models of a size at
 which the rest is most of a step, and a vocabulary that the interpreted sampler gets through. Time
-there is processor time of one thread, so that other load on the machine does not count.
+there is processor time of one thread, so that other load on the machine counts little.
 """
 
 import argparse
@@ -24,8 +26,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 # Before PyTorch and Triton: it prepares the process for Model Runner V2 on a CPU.
 import proxy_vllm  # noqa: F401  # isort: skip
@@ -37,7 +41,7 @@ from bench_common import (
     random_prompts,
     script_argv,
 )
-from bench_step import SHAPES, cuda_graphs, engine, run_child, write_config, write_models
+from bench_step import SHAPES, cuda_graphs, engine, write_config, write_models
 
 SHAPES["135m-narrow"] = {**SHAPES["135m"], "vocab_size": 512}
 # How much longer the expert's prompt is than the base's, and the antiexpert's shorter: all three
@@ -46,6 +50,35 @@ OFFSET = 16
 CHECK_TOKENS = 12
 KINDS = ("off", "idle", "own")
 MEASURES = ("step_ms", "step_outside_interpreter_ms")
+RATIOS = (("idle", "off"), ("own", "idle"), ("own", "off"))
+
+
+class Child:
+    """A process of its own, for one engine; what it prints is kept, and shown if it fails."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), _print_to, (str(log),))
+
+    def __call__(self, function: Callable, *args: Any) -> Any:
+        try:
+            return self.pool.submit(function, *args).result()
+        except Exception as error:
+            said = self.log.read_text()[-4000:] if self.log.exists() else ""
+            sys.exit(f"bench_own_prompts.py: error: {function.__name__}: {error}\n{said}")
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown()
+
+
+def _print_to(log: str) -> None:
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        getattr(sys, name).flush()
+        with open(log, "a") as file:
+            os.dup2(file.fileno(), stream)
 
 
 def parameters(tokens: int, alpha: float = 1.0, **prompts: list[int]):
@@ -111,36 +144,51 @@ class Interpreted:
         GridExecutor.__call__ = timed
 
 
-def measure(models: list[str], args: argparse.Namespace, kinds: list[str]) -> dict:
-    """Step times in ms of each kind of batch in one engine, whole and outside the interpreter."""
-    short, whole = args.tokens // 4, args.tokens
-    start = time.perf_counter()
-    llm = engine(
-        "proxy", models, args, dtype=args.dtype, load_format="dummy", max_num_seqs=args.batch,
-        max_model_len=args.context + OFFSET + whole, own_prompts=kinds != ["off"],
-        compilation_config={"cudagraph_capture_sizes": [args.batch]},
-    )  # fmt: skip
-    started = time.perf_counter() - start
-    batches = {kind: batch_of(kind, args) for kind in kinds}
-    clock = getattr(time, clock_name())
-    interpreted = Interpreted(clock)
+class Measured:
+    """The engine of this process, and how it is timed."""
 
-    def timed(kind: str, tokens: int) -> tuple[float, float]:
-        begun, inside = clock(), interpreted.seconds
-        generate(llm, batches[kind], tokens, [1.0] * args.batch)
-        took = clock() - begun
-        return took, took - (interpreted.seconds - inside)
+    def __init__(self, models: list[str], args: argparse.Namespace, own_prompts: bool) -> None:
+        self.args = args
+        start = time.perf_counter()
+        self.llm = engine(
+            "proxy", models, args, dtype=args.dtype, load_format="dummy", max_num_seqs=args.batch,
+            max_model_len=args.context + OFFSET + args.tokens, own_prompts=own_prompts,
+            compilation_config={"cudagraph_capture_sizes": [args.batch]},
+        )  # fmt: skip
+        self.start_s = round(time.perf_counter() - start, 2)
+        self.clock = getattr(time, clock_name())
+        self.interpreted = Interpreted(self.clock)
 
-    result: dict = {"start_s": round(started, 2), "cuda_graphs": cuda_graphs(llm)}
-    for name in MEASURES:
-        result[name] = {kind: [] for kind in kinds}
-    for kind in kinds:
-        timed(kind, short)
-    for _ in range(args.repeats):
-        for kind in kinds:
-            for name, less, more in zip(MEASURES, timed(kind, short), timed(kind, whole)):
-                result[name][kind].append(1e3 * (more - less) / (whole - short))
-    return result
+    def timed(self, kind: str, tokens: int) -> tuple[float, float]:
+        """Seconds of one run of the batch, whole and outside the interpreter."""
+        batch = batch_of(kind, self.args)
+        begun, inside = self.clock(), self.interpreted.seconds
+        generate(self.llm, batch, tokens, [1.0] * self.args.batch)
+        took = self.clock() - begun
+        return took, took - (self.interpreted.seconds - inside)
+
+    def step(self, kind: str) -> dict[str, float]:
+        """Milliseconds of a step, as in ``MEASURES``."""
+        short, whole = self.args.tokens // 4, self.args.tokens
+        pairs = zip(MEASURES, self.timed(kind, short), self.timed(kind, whole), strict=True)
+        return {name: 1e3 * (more - less) / (whole - short) for name, less, more in pairs}
+
+
+_measured: Measured | None = None
+
+
+def start(models: list[str], args: argparse.Namespace, own_prompts: bool) -> dict:
+    """Start the engine of this process, and run each of its kinds of batch once."""
+    global _measured
+    _measured = Measured(models, args, own_prompts)
+    for kind in KINDS[1:] if own_prompts else KINDS[:1]:
+        _measured.step(kind)
+    return {"start_s": _measured.start_s, "cuda_graphs": cuda_graphs(_measured.llm)}
+
+
+def step(kind: str) -> dict[str, float]:
+    assert _measured is not None
+    return _measured.step(kind)
 
 
 def check(models: list[str], args: argparse.Namespace) -> dict:
@@ -170,34 +218,42 @@ def check(models: list[str], args: argparse.Namespace) -> dict:
     return compare_with_loop(trio, prompts, tokens, args.check_dtype, alphas)
 
 
-def child(args: argparse.Namespace) -> None:
-    job = json.loads(args.child)
-    if job["what"] == "check":
-        result = check(job["models"], args)
-    else:
-        result = measure(job["models"], args, job["what"].split("+"))
-    Path(job["result"]).write_text(json.dumps(result))
+def take_turns(models: list[str], args: argparse.Namespace, root: Path) -> tuple[dict, list[dict]]:
+    """Facts about the two engines, and the steps of every system in every turn."""
+    with Child(root / "off.log") as off, Child(root / "own.log") as own:
+        engines = {"off": off(start, models, args, False), "own": own(start, models, args, True)}
+        turns = []
+        for turn in range(args.repeats):
+            order = KINDS if turn % 2 == 0 else KINDS[::-1]
+            turns.append({kind: (off if kind == "off" else own)(step, kind) for kind in order})
+            print(f"turn {turn + 1}/{args.repeats}: {turns[-1]}", file=sys.stderr, flush=True)
+    return engines, turns
 
 
-def summary(rounds: list[dict[str, dict]]) -> dict:
-    """Steps of each system over all rounds, and their ratios: of all rounds, and of each."""
+def summary(turns: list[dict[str, dict[str, float]]]) -> dict:
+    """Steps of each system over all turns, and the ratios within turns."""
+    import numpy as np
 
-    def steps(name: str, chosen: list[dict[str, dict]]) -> dict[str, list[float]]:
-        engines = [engine[name] for r in chosen for engine in r.values()]
-        return {kind: [t for e in engines for t in e.get(kind, ())] for kind in KINDS}
+    def steps(name: str, kind: str) -> list[float]:
+        return [turn[kind][name] for turn in turns]
 
-    def ratios(chosen: list[dict[str, dict]]) -> dict[str, float]:
-        middle = {kind: median(times) for kind, times in steps(MEASURES[-1], chosen).items()}
-        pairs = (("idle", "off"), ("own", "idle"), ("own", "off"))
-        return {f"{a}/{b}": round(middle[a] / middle[b], 4) for a, b in pairs}
+    def ratio(over: str, under: str) -> dict[str, float]:
+        each = np.divide(steps(MEASURES[-1], over), steps(MEASURES[-1], under))
+        resampled = np.random.default_rng(0).choice(each, (10_000, len(each)))
+        low, high = np.percentile(np.median(resampled, axis=1), (2.5, 97.5))
+        return {
+            "median": round(float(np.median(each)), 4),
+            "low": round(float(low), 4),
+            "high": round(float(high), 4),
+        }
 
     return {
         **{
-            name: {k: percentiles(times, (20, 50, 80)) for k, times in steps(name, rounds).items()}
+            name: {kind: percentiles(steps(name, kind), (20, 50, 80)) for kind in KINDS}
             for name in MEASURES
         },
-        "ratios": ratios(rounds),
-        "ratios_of_each_round": [ratios([r]) for r in rounds],
+        "ratios": {f"{over}/{under}": ratio(over, under) for over, under in RATIOS},
+        "turns": turns,
     }
 
 
@@ -210,8 +266,7 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, default=8)
     add("--context", type=int, default=1024, help="tokens of the base's prompt")
     add("--tokens", type=int, default=64, help="tokens of a long run; a short one has a quarter")
-    add("--repeats", type=int, default=5, help="of each system in a round")
-    add("--rounds", type=int, default=2, help="starts of each engine")
+    add("--repeats", type=int, default=20, help="turns of the three systems")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--check-shape", choices=list(SHAPES), default="135m")
     add("--check-dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
@@ -219,7 +274,6 @@ def parse() -> argparse.Namespace:
     add("--cpu", action="store_true", help="shapes for a CPU, a few minutes")
     add("--smoke", action="store_true", help="tiny shapes, for a CPU")
     add("--json", help="write the result here")
-    add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if args.cpu or args.smoke:
@@ -234,39 +288,34 @@ def parse() -> argparse.Namespace:
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
+    else:
+        # Two engines share the GPU.
+        args.engine_args = {"gpu_memory_utilization": 0.45, **args.engine_args}
     if args.cpu:
         args.shapes, args.context, args.tokens = ["135m-narrow"] * 2, 64, 24
     if args.smoke:
         args.shapes, args.batch, args.context, args.tokens = ["tiny", "tiny"], 4, 32, 8
-        args.repeats, args.rounds = 1, 1
-    if args.tokens < 4 or min(args.batch, args.repeats, args.rounds) < 1 or args.context <= OFFSET:
-        parser.error(
-            f"--tokens from 4, --context from {OFFSET + 1}, --batch, --repeats, --rounds from 1"
-        )
+        args.repeats = 2
+    if args.tokens < 4 or min(args.batch, args.repeats) < 1 or args.context <= OFFSET:
+        parser.error(f"--tokens from 4, --context from {OFFSET + 1}, --batch and --repeats from 1")
     return args
 
 
 def main() -> None:
     args = parse()
-    if args.child:
-        child(args)
-        return
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    os.environ.update(args.environment)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        checked = run_child("check", "proxy", write_models(root, args.check_shape), args, __file__)
+        trio = write_models(root, args.check_shape)
+        with Child(root / "check.log") as child:
+            checked = child(check, trio, args)
         if not checked["passed"]:
             sys.exit(f"bench_own_prompts.py: error: tokens differ from Transformers': {checked}")
         base, small = (write_config(root, shape) for shape in args.shapes)
-        rounds = [
-            {
-                kinds: run_child(kinds, "proxy", [base, small, small], args, __file__)
-                for kinds in turn
-            }
-            for turn in (("off", "idle+own"), ("idle+own", "off")) * args.rounds
-        ][: args.rounds]
+        engines, turns = take_turns([base, small, small], args, root)
     result = {
         **provenance(script_argv("bench_own_prompts.py")),
         "shapes": {"base": args.shapes[0], "expert": args.shapes[1], "antiexpert": args.shapes[1]},
@@ -279,12 +328,9 @@ def main() -> None:
         "dtype": args.dtype,
         "clock": clock_name(),
         "correctness": {**checked, "shape": args.check_shape, "dtype": args.check_dtype},
-        "engines": [
-            {k: {"start_s": v["start_s"], "cuda_graphs": v["cuda_graphs"]} for k, v in r.items()}
-            for r in rounds
-        ],
+        "engines": engines,
         "took_s": round(time.monotonic() - begun, 1),
-        **summary(rounds),
+        **summary(turns),
     }
     print(json.dumps(result, indent=2))
     if args.json:

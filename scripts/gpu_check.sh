@@ -29,6 +29,7 @@ step step_sampler 590 '$python scripts/bench_step.py --repeats 3 --systems proxy
     '--json $out/step_sampler_graphs.json'
 step step_fused_head 590 '$python scripts/bench_step.py --repeats 3 --systems proxy fused_head' \
     '--json $out/step_fused_head.json'
+step own_prompts_bench 590 '$python scripts/bench_own_prompts.py --json $out/own_prompts_bench.json'
 
 if [ "${STEPS:-}" = list ]; then
     for each in "${steps[@]}"; do

@@ -21,18 +21,23 @@ def test_the_gate_knows_which_model_read_what(trio):
         assert not compare_with_loop(models, [prompt], [tokens], "bfloat16", [1.0])["passed"]
 
 
-def test_ratios_are_of_medians_outside_the_interpreter():
-    def engine(**steps: list[float]) -> dict:
-        inside = {kind: [t + 100 for t in times] for kind, times in steps.items()}
-        return {"step_ms": inside, "step_outside_interpreter_ms": steps}
+def test_ratios_are_of_one_turn_outside_the_interpreter():
+    def turn(**steps: float) -> dict:
+        return {
+            kind: {"step_ms": ms + 100, "step_outside_interpreter_ms": ms}
+            for kind, ms in steps.items()
+        }
 
-    first = {"off": engine(off=[4.0, 4.0, 9.0]), "idle+own": engine(idle=[5.0], own=[8.0])}
-    second = {"idle+own": engine(idle=[5.0], own=[4.0]), "off": engine(off=[2.0, 2.0, 2.0])}
-    result = summary([first, second])
-    assert result["step_ms"]["off"]["p50"] == 103.0
-    assert result["step_outside_interpreter_ms"]["own"]["p50"] == 6.0
-    assert result["ratios"] == {"idle/off": 1.6667, "own/idle": 1.2, "own/off": 2.0}
-    assert [r["own/off"] for r in result["ratios_of_each_round"]] == [2.0, 2.0]
+    # The machine is slower by half in each turn; the ratios say nothing of that.
+    speeds = [4.0, 6.0, 9.0]
+    result = summary([turn(off=s, idle=1.25 * s, own=1.5 * s) for s in speeds])
+    assert result["step_ms"]["off"]["p50"] == 106.0
+    assert result["step_outside_interpreter_ms"]["own"]["p50"] == 9.0
+    for name, ratio in {"idle/off": 1.25, "own/idle": 1.2, "own/off": 1.5}.items():
+        assert result["ratios"][name] == {"median": ratio, "low": ratio, "high": ratio}
+    # One turn that went wrong moves the interval, not the figure.
+    result = summary([turn(off=4.0, idle=4.0, own=o) for o in (4.0, 4.0, 4.0, 4.0, 12.0)])
+    assert result["ratios"]["own/off"] == {"median": 1.0, "low": 1.0, "high": 3.0}
 
 
 @pytest.mark.slow
