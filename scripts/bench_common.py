@@ -31,6 +31,14 @@ _GPU_NAMES = {
     "MI300X": "mi300x",
 }
 
+# Settings of the caller that change what is measured; as they are before a script adds its own.
+_SETTINGS = ("VLLM_", "PROXY_VLLM_", "OMP_", "KMP_", "TRITON_", "CUDA_", "LD_PRELOAD")
+ENVIRONMENT = {
+    name: value
+    for name, value in sorted(os.environ.items())
+    if name.startswith(_SETTINGS) and not any(word in name for word in ("KEY", "TOKEN"))
+}
+
 # A token counts as the reference's choice when its logit lies this share of the row's standard
 # deviation below the largest: what rounding of that type can move.
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.25, "float16": 0.1}
@@ -56,7 +64,7 @@ def gpu_key(name: str) -> str | None:
 
 
 def provenance(argv: Sequence[str]) -> dict:
-    """Device, versions, commit and command: what makes a row of results repeatable."""
+    """Device, versions, commit, command and settings: what makes results repeatable."""
     import torch
     import transformers
     import vllm
@@ -71,6 +79,7 @@ def provenance(argv: Sequence[str]) -> dict:
     dirty = git("status", "--porcelain", "--untracked-files=no", "--", "proxy_vllm", "kernels")
     return {
         "command": shlex.join(["python", *argv]),
+        "environment": ENVIRONMENT,
         "commit": commit + ("+changes" if dirty else ""),
         "device": device_name(),
         "versions": {

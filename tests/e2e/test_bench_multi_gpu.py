@@ -43,6 +43,7 @@ def check_provenance(result: dict, script: str) -> None:
     assert result["commit"]
     assert f"scripts/{script}" in result["command"]
     assert "--smoke" in result["command"]
+    assert not any("KEY" in name for name in result["environment"])
 
 
 def check_percentiles(values: dict) -> None:
