@@ -48,7 +48,7 @@ def main() -> None:
     shards = []
     for name in ("base", "expert", "antiexpert"):
         full = getattr(case, name)
-        if job["realign"] and name != "base":
+        if name != "base":
             own = even(full.shape[1], 16)
             shards.append(
                 realign_columns(full[:, own[rank][0] : own[rank][1]], own, bounds, exchange)
@@ -88,12 +88,23 @@ def main() -> None:
             vocab_start=start,
         )
         head_tokens = merge_ranks(exchange, scores, tokens).cpu()
+    head_traffic = exchange.calls, exchange.bytes_sent
+    # Qwen's two paddings of one vocabulary, as vLLM splits them; each column is its token.
+    wanted, own = (
+        [(r * width // world, (r + 1) * width // world) for r in range(world)]
+        for width in job["real_widths"]
+    )
+    columns = torch.arange(*own[rank], device=DEVICE).float().expand(2, -1)
+    exchange.calls = exchange.bytes_sent = 0
+    moved = realign_columns(columns, own, wanted, exchange)
+    real = (wanted[rank], moved.cpu(), exchange.calls, exchange.bytes_sent)
     torch.save(
         {
             "results": results,
+            "real_widths": real,
             "logprobs": [tensor.cpu() for tensor in logprobs],
             "logprob_traffic": logprob_traffic,
-            "heads": (head_tokens, exchange.calls, exchange.bytes_sent),
+            "heads": (head_tokens, *head_traffic),
             "realign": (realign_calls, realign_bytes),
         },
         folder / f"rank{rank}.pt",

@@ -27,17 +27,18 @@ BOUNDS = {
     "2": [(0, 100), (100, VOCAB)],
     "4": [(0, 150), (150, 151), (151, VOCAB), (VOCAB, VOCAB)],
 }
+REAL_WIDTHS = (151936, 152064)
 HEADS = (VOCAB, VOCAB + 17, VOCAB - 9)
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
 
-@pytest.fixture(scope="module", params=[(2, True), (4, False)], ids=["2 ranks", "4 ranks"])
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
 def ranks(request, tmp_path_factory):
-    """What every rank reports; with 2 ranks the small members start on boundaries of their own."""
-    world, realign = request.param
+    """What every rank reports; the small members start on boundaries of their own."""
+    world = request.param
     folder = tmp_path_factory.mktemp(f"ranks{world}")
-    job = {"case": CASE, "bounds": BOUNDS, "kinds": KINDS, "realign": realign, "heads": HEADS}
-    torch.save(job, folder / "job.pt")
+    job = {"case": CASE, "bounds": BOUNDS, "kinds": KINDS, "heads": HEADS}
+    torch.save({**job, "real_widths": REAL_WIDTHS}, folder / "job.pt")
     processes = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(rank), str(world), str(folder)],
@@ -96,12 +97,27 @@ def test_logprobs_equal_those_of_the_whole_vocabulary(ranks):
 
 def test_realigning_moves_only_the_columns_that_change_rank(ranks):
     world, reports = ranks
-    if world != 2:
-        assert reports[0]["realign"] == (0, 0)
-        return
-    # Expert 350 and antiexpert 324 columns split at 176; the base at 100: rank 0 sends 76 each.
-    assert reports[0]["realign"] == (2, 2 * ROWS * 76 * 4)
-    assert reports[1]["realign"] == (2, 0)
+    # Expert 350 and antiexpert 324 columns, in shards of 176 or 96; the base's are in BOUNDS.
+    columns_sent = {
+        # Rank 0 sends 100..176 of both.
+        2: [76 + 76, 0],
+        # Rank 1 sends 96..150 and 151..192 of both, rank 3 288..333 and 288..324.
+        4: [0, 95 + 95, 0, 45 + 36],
+    }[world]
+    assert [r["realign"] for r in reports] == [(2, ROWS * 4 * columns) for columns in columns_sent]
+
+
+def test_realigning_real_vocabularies(ranks):
+    world, reports = ranks
+    width = REAL_WIDTHS[0] // world
+    for rank, report in enumerate(reports):
+        wanted, moved, calls, _ = report["real_widths"]
+        assert wanted == (rank * width, (rank + 1) * width)
+        assert torch.equal(moved, torch.arange(*wanted).float().expand(2, -1))
+        assert calls == 1
+    # Two rows of float32; rank r of the wider one starts r * 128 / world columns later.
+    sent = sum(report["real_widths"][3] for report in reports)
+    assert sent == 2 * 4 * sum(r * 128 // world for r in range(1, world))
 
 
 def test_head_weights_over_ranks(ranks, device):
