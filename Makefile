@@ -32,7 +32,8 @@ test-v2: setup
 
 # What takes minutes each: benchmarks end to end, data parallel servers, every kernel for sm_90.
 test-slow: setup
-	$(BIN)/python -m pytest tests -m slow
+	$(BIN)/python -m pytest tests --ignore=tests/kernels -m slow
+	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/kernels -m slow
 
 lint: setup
 	$(BIN)/ruff check .

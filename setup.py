@@ -13,7 +13,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10,<3.15",
+    python_requires=">=3.11,<3.15",
     # `proxy_vllm/kernels` is a symlink to the top-level `kernels/` folder, which has no
     # `__init__.py` (a top-level package named `kernels` would shadow Hugging Face's), so
     # setuptools does not find it by itself.

@@ -23,13 +23,13 @@ step gpu_tests 590 pytest_json gpu_tests -m gpu tests/e2e/test_gpu.py
 step graph_tests 590 pytest_json graph_tests -m gpu tests/e2e/test_graphs.py
 step own_prompts 590 pytest_json own_prompts -m gpu 'tests/e2e/test_own_prompts*.py'
 step kernel_resources 580 '$python -m proxy_vllm.kernels.resources --json $out/kernel_resources.json'
-step kernel_bench 540 '$python scripts/bench_kernels.py --out $out/kernels.json'
-step step_bench 590 '$python scripts/bench_step.py --json $out/step.json'
-step step_sampler 590 '$python scripts/bench_step.py --repeats 3 --systems proxy sampler_graphs' \
+step kernel_bench 480 '$python scripts/bench_kernels.py --out $out/kernels.json'
+step step_bench 480 '$python scripts/bench_step.py --json $out/step.json'
+step step_sampler 480 '$python scripts/bench_step.py --repeats 3 --systems proxy sampler_graphs' \
     '--json $out/step_sampler_graphs.json'
-step step_fused_head 590 '$python scripts/bench_step.py --repeats 3 --systems proxy fused_head' \
+step step_fused_head 480 '$python scripts/bench_step.py --repeats 3 --systems proxy fused_head' \
     '--json $out/step_fused_head.json'
-step own_prompts_bench 590 '$python scripts/bench_own_prompts.py --json $out/own_prompts_bench.json'
+step own_prompts_bench 480 '$python scripts/bench_own_prompts.py --json $out/own_prompts_bench.json'
 
 if [ "${STEPS:-}" = list ]; then
     for each in "${steps[@]}"; do

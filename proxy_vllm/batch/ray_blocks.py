@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -157,9 +158,13 @@ def _parquet(path: str, shown: str) -> Any:
 
 
 class BlockReader:
-    """Reads the rows of blocks; keeps the last Parquet row group, which the next block shares."""
+    """Reads the rows of blocks; keeps the last Parquet row group, which the next block shares.
+
+    The threads of a replica share one reader.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._group: tuple[str, int] | None = None
         self._table: Any = None
 
@@ -182,11 +187,17 @@ class BlockReader:
         return list(only_new(rows, IdSet()))
 
     def _parquet_rows(self, block: Block) -> list[Item]:
+        with self._lock:
+            table = self._row_group(block)
+        rows = table.slice(block.size, block.rows).to_pylist()
+        return list(enumerate(rows, start=block.first))
+
+    def _row_group(self, block: Block) -> Any:
         import pyarrow
 
         key = (block.path, block.offset)
         if self._group != key:
-            self._group = None
+            self._group = self._table = None
             file = _parquet(block.path, block.shown)
             try:
                 self._table = file.read_row_group(block.offset)
@@ -194,8 +205,7 @@ class BlockReader:
                 reason = " ".join(str(error).split())
                 raise UserError(f"{block.shown}: cannot read ({reason})") from None
             self._group = key
-        rows = self._table.slice(block.size, block.rows).to_pylist()
-        return list(enumerate(rows, start=block.first))
+        return self._table
 
 
 def _jsonl_rows(block: Block) -> Iterator[Item]:

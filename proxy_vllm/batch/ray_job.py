@@ -27,6 +27,12 @@ _CONNECT_SECONDS = 5.0
 # The opening of HTTP/2, which Ray speaks, and empty SETTINGS; the other side answers with its own.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 _MOST_CPU_KV_CACHE = 4 << 30
+# Arguments of `ProxyLLM` that answers depend on; with others, a folder is not gone on with.
+_DECISIVE = (
+    "model", "expert", "antiexpert", "alpha", "expert_args", "antiexpert_args", "dtype",
+    "quantization", "kv_cache_dtype", "revision", "tokenizer", "hf_overrides", "seed",
+    "chat_template", "base_chat_template", "expert_chat_template", "antiexpert_chat_template",
+)  # fmt: skip
 
 
 @dataclass
@@ -100,13 +106,13 @@ class RayJob:
 
     def _settings(self) -> dict[str, Any]:
         """What the answers depend on, and the cut into blocks."""
-        proxy = _proxy_config(self.llm_arguments).to_dict()
+        given = {**_proxy_config(self.llm_arguments).to_dict(), **self.llm_arguments}
         return {
             "input": [os.path.abspath(name) for name in self.sources],
             "block_rows": self.block_rows,
-            "model": str(self.llm_arguments["model"]),
-            **{name: proxy[name] for name in ("expert", "antiexpert", "alpha")},
-            "dtype": str(self.llm_arguments.get("dtype") or "auto"),
+            "dtype": "auto",
+            # Through text, so that what JSON gives back compares equal.
+            **{name: str(given[name]) for name in _DECISIVE if given.get(name) is not None},
             "sampling": self.sampling,
             "token_ids": self.token_ids,
         }

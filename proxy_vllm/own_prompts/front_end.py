@@ -40,9 +40,10 @@ class MemberPrompts:
     def configs(self) -> "dict[str, ModelConfig]":
         from proxy_vllm.members import member_model_config
 
-        return {
+        small = {
             role: member_model_config(role, self.proxy, self.base_config) for role in PROMPT_KEYS
         }
+        return {"base": self.base_config, **small}
 
     def tokenizer(self, role: str) -> Any:
         from vllm.tokenizers import cached_tokenizer_from_config
@@ -97,6 +98,7 @@ class MemberPrompts:
             raise UserError(f"a prompt for each model has the keys {', '.join(ROLES)}: {unknown}")
         if prompt.get("base") is None:
             raise UserError("a prompt for each model needs a `base`")
+        self.ids("base", prompt["base"], add_special_tokens)  # vLLM's refusal names no member
         return {
             key: self.ids(role, prompt[role], add_special_tokens)
             for role, key in PROMPT_KEYS.items()

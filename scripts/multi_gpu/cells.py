@@ -200,7 +200,10 @@ class Bench:
         return None
 
     def floor(self, cell: dict, figures: dict) -> dict | None:
-        """The roofline's least step, and the measured TPOT's share of it; None on unknown devices.
+        """The roofline's least step beside what was measured; None on unknown devices.
+
+        ``share`` is its part of the measured TPOT, ``ratio`` the base's least step over it: the
+        speed to expect, as a share of the base alone.
 
         A server's batch varies, so its floor is that of one row.
         """
@@ -213,13 +216,19 @@ class Bench:
         system, args = cell["system"], self.args
         roles = (system,) if system in self.shapes else TRIO
         batch = cell.get("batch") or 1
-        least = step_floor(
-            [self.shapes[r] for r in roles], find_gpu(key), batch=batch, tp=cell["tp"],
-            context=args.input_len + args.output_len // 2, dtype_bytes=DTYPE_BYTES[args.dtype],
-        ).step_ms  # fmt: skip
-        tpot = figures["tpot_ms"]
+
+        def step_of(roles: tuple[str, ...]) -> float:
+            return step_floor(
+                [self.shapes[r] for r in roles], find_gpu(key), batch=batch, tp=cell["tp"],
+                context=args.input_len + args.output_len // 2, dtype_bytes=DTYPE_BYTES[args.dtype],
+            ).step_ms  # fmt: skip
+
+        least, tpot = step_of(roles), figures["tpot_ms"]
         share = float(f"{least / tpot['p50']:.4g}") if tpot and tpot["p50"] else None
-        return {"gpu": key, "batch": batch, "step_ms": float(f"{least:.5g}"), "share": share}
+        return {
+            "gpu": key, "batch": batch, "step_ms": float(f"{least:.5g}"), "share": share,
+            "ratio": float(f"{step_of(('base',)) / least:.4g}"),
+        }  # fmt: skip
 
     def _fail(self, cells: list[dict], reason: str) -> None:
         for cell in cells:
@@ -234,7 +243,8 @@ def _short(row: dict) -> str:
     if row["error"]:
         return f"{what}: FAILED: {row['error']}"
     tpot = row["tpot_ms"]["p50"] if row["tpot_ms"] else "-"
-    floor = f", floor {row['floor']['step_ms']} ms" if row["floor"] else ""
+    floor = row["floor"]
+    floor = f", floor {floor['step_ms']} ms ({floor['ratio']} x base's speed)" if floor else ""
     return f"{what}: {row['output_tokens_per_s']} tokens/s, TPOT p50 {tpot} ms{floor}"
 
 

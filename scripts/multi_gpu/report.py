@@ -5,7 +5,8 @@ from typing import Any
 
 COLUMNS = (
     "system", "replicas x TP", "load", "tokens/s", "per device", "efficiency",
-    "TTFT p50 / p99 ms", "TPOT p50 / p99 ms", "floor ms", "peak GiB", "rows = loop",
+    "TTFT p50 / p99 ms", "TPOT p50 / p99 ms", "floor ms", "ratio to base", "peak GiB",
+    "rows = loop",
 )  # fmt: skip
 
 
@@ -26,9 +27,9 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         "Batch rows are offline, each replica with that many requests at once; rate rows go to",
         "one server. Efficiency is the rate a device over that of the system's first line. The",
-        "floor is the roofline's least decode step (of one row, for rates). The logprob way may",
-        "choose other tokens; `rows = loop` is the share of texts that equal the Transformers",
-        "loop's.",
+        "floor is the roofline's least decode step (of one row, for rates), the ratio to base the",
+        "base's floor over it. The logprob way may choose other tokens; `rows = loop` is the share",
+        "of texts that equal the Transformers loop's.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -50,7 +51,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         *head, f"{row['output_tokens_per_s']:.1f}", f"{row['output_tokens_per_s_per_device']:.1f}",
         number(row["scaling_efficiency"]), pair(row["ttft_ms"]), pair(row["tpot_ms"]),
-        number(floor["step_ms"] if floor else None), f"{row['peak_memory_bytes'] / 2**30:.2f}",
+        number(floor["step_ms"] if floor else None), number(floor["ratio"] if floor else None),
+        f"{row['peak_memory_bytes'] / 2**30:.2f}",
         number(row["rows_equal_to_loop"]),
     ]  # fmt: skip
 

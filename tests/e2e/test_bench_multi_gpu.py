@@ -214,6 +214,8 @@ def test_a_row_counts_from_the_first_start_to_the_last_end(bench):
     least = 4 * (base + 2 * small + cache + logits) / 4.3e12 * 1e3
     assert math.isclose(one["floor"]["step_ms"], least, rel_tol=0.02)  # norms are not in `least`
     assert math.isclose(one["floor"]["share"], least / 5.0, rel_tol=0.02)
+    alone = 4 * (base + 2 * 5 * 2 * 2 * 64 + 2 * 111) / 4.3e12 * 1e3
+    assert math.isclose(one["floor"]["ratio"], alone / least, rel_tol=0.02)
     assert one["floor"]["gpu"] == "h200"
 
 
