@@ -116,35 +116,6 @@ def test_parquet_blocks_together_are_the_file(tmp_path):
     assert read == [(i + 1, {**row, "id": f"x/in.parquet:{i + 1}"}) for i, row in enumerate(rows)]
 
 
-def test_threads_that_share_a_reader_get_their_own_row_groups(tmp_path, monkeypatch):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = tmp_path / "in.parquet"
-    pq.write_table(pa.Table.from_pylist([{"prompt": f"p{i}"} for i in range(6)]), path,
-                   row_group_size=3)  # fmt: skip
-    blocks = list(blocks_of(InputFile(str(path), "in.parquet"), 3))
-    # The first to read waits, its row group in hand, until the other has had time for its own.
-    read_row_group, waited = pq.ParquetFile.read_row_group, []
-
-    def slow(self, group):
-        table = read_row_group(self, group)
-        if not waited:
-            waited.append(group)
-            time.sleep(0.5)
-        return table
-
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", slow)
-    reader, read = BlockReader(), {}
-
-    def call(block):
-        return lambda: read.update({block.first: reader.read(block, id_prefix=None)})
-
-    in_threads(*map(call, blocks))
-    for first in (1, 4):
-        assert read[first] == [(n, {"prompt": f"p{n - 1}"}) for n in range(first, first + 3)]
-
-
 def test_folders_are_searched_and_nothing_is_passed_over_in_silence(tmp_path):
     for name in ("b.jsonl", "a/x.parquet", "a/y.ndjson", ".hidden.jsonl", "_made/z.jsonl", "c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
