@@ -275,7 +275,7 @@ def proxy_sample(
         raise ValueError(f"base: {vocab_size} columns exceed the supported {MAX_VOCAB}")
     if num_rows == 0:
         return base.new_empty(0, dtype=torch.int64)
-    require_triton()
+    require_triton(base)
     launch = SampleLaunch(
         base,
         expert,
@@ -326,7 +326,7 @@ def proxy_combine(
         raise ValueError(f"out: the vocabulary must have stride 1, got {out.stride(1)}")
     if num_rows == 0:
         return out
-    require_triton()
+    require_triton(base)
     tile = choose_tile(num_rows, vocab_size)
     combine_only_kernel[(num_rows, triton.cdiv(vocab_size, tile))](
         base,

@@ -30,8 +30,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 _FLT_MAX = tl.constexpr(3.4028234663852886e38)
 
 
-def require_triton() -> None:
-    """Raises RuntimeError where vLLM found no Triton that can run (vLLM then has placeholders)."""
+def require_triton(tensor: torch.Tensor, name: str = "base") -> None:
+    """Raises where kernels cannot run on a tensor, with whose device the other arguments agree.
+
+    ValueError names it where it is on a CPU and the interpreter is off; RuntimeError says that vLLM
+    found no Triton (it has placeholders then).
+    """
+    if not INTERPRETED and tensor.device.type == "cpu":
+        raise ValueError(
+            f"{name}: is on cpu, and the sampling kernels need a GPU (or TRITON_INTERPRET=1, with "
+            "a 'cpu' entry in triton.backends, to run in Triton's interpreter)"
+        )
     if not HAS_TRITON:
         raise RuntimeError(
             "the sampling kernels need Triton with a GPU, or TRITON_INTERPRET=1 on a CPU with a "

@@ -221,7 +221,7 @@ def fused_head_sample(
     scores = base.new_empty(num_rows, dtype=torch.float32)
     if num_rows == 0:
         return tokens, scores
-    require_triton()
+    require_triton(base, "hidden")
     num_cols = weights[0].shape[0]
     # Three accumulators must fit: 64 rows spill in float32, and with 4 warps in any dtype.
     short = base.element_size() == 2

@@ -143,7 +143,7 @@ class ShardedSampler:
             raise ValueError(f"vocab_start: {vocab_start} is outside 0..{vocab_size}")
         if base.shape[0] == 0:
             return base.new_empty(0, dtype=torch.int64)
-        require_triton()
+        require_triton(base)
         launch = SampleLaunch(
             base,
             expert,

@@ -99,23 +99,25 @@ def make_state(kind, rows, vocab, device):
 
 
 def wrong(provider, inputs, tokens) -> str | None:
-    """Why these tokens are not the reference's, judged on the first rows; None where they are.
+    """Why these tokens are not the reference's, judged on rows of all the batch; None if they are.
 
     A token must be within filters a little wider than asked: at their edges a search in float32,
-    or one that splits equal logits, may differ. Nine in ten must be the reference's own token.
+    or one that splits equal logits, may differ. Its score must be the reference's best up to
+    rounding, which with filters one row in ten may miss: one whose edge differed.
     """
     import torch
 
     from proxy_vllm.kernels import reference
 
     rows = min(CHECKED_ROWS, tokens.shape[0])
+    chosen = torch.linspace(0, tokens.shape[0] - 1, rows).long().to(tokens.device)
     if inputs.logits:
-        logits = tuple(tensor[:rows] for tensor in inputs.logits)
+        logits = tuple(tensor[chosen] for tensor in inputs.logits)
     else:
         pairs = zip(inputs.hidden, inputs.weights)
-        logits = tuple(reference.head_logits(h[:rows], w, dtype=torch.float32) for h, w in pairs)
-    state = [tensor[:rows] for tensor in inputs.state()]
-    filters = {name: tensor[:rows] for name, tensor in inputs.filters().items()}
+        logits = tuple(reference.head_logits(h[chosen], w, dtype=torch.float32) for h, w in pairs)
+    state = [tensor[chosen] for tensor in inputs.state()]
+    filters = {name: tensor[chosen] for name, tensor in inputs.filters().items()}
     # Heads that store bfloat16 logits move more of them over the edge.
     more_k, more_p = (5, 1e-3) if inputs.logits else (20, 2e-2)
     wider = dict(filters)
@@ -123,7 +125,7 @@ def wrong(provider, inputs, tokens) -> str | None:
         wider["top_k"] = wider["top_k"] + more_k
     if "top_p" in wider:
         wider["top_p"] = (wider["top_p"] + more_p).clamp(max=1)
-    drawn = tokens[:rows, None]
+    drawn = tokens[chosen, None]
     if tokens.min() < 0 or tokens.max() >= logits[0].shape[1]:
         return "a token is outside the vocabulary"
     if (reference.scores(*logits, *state, **wider).gather(1, drawn) == -torch.inf).any():
@@ -131,10 +133,12 @@ def wrong(provider, inputs, tokens) -> str | None:
     if not provider.same_noise:
         return None
     scores = reference.scores(*logits, *state, **filters)
-    # Heads that store bfloat16 logits round them; the tolerance must let that pass.
-    tolerance = 0.1 if provider.name == "heads+proxy" else 1e-3
+    # Logits of magnitude 8 stored as bfloat16 are off by 1/32 each, and the formula adds three.
+    tolerance = 0.3 if provider.name == "heads+proxy" else 1e-3
     close = scores.max(1).values - scores.gather(1, drawn)[:, 0] < tolerance
-    return None if close.float().mean() >= 0.9 else f"{int((~close).sum())} of {rows} tokens differ"
+    if close.float().mean() >= (0.9 if filters else 1.0):
+        return None
+    return f"{int((~close).sum())} of {rows} tokens differ"
 
 
 class Timer:
@@ -216,6 +220,11 @@ def cells(smoke: bool):
                     yield "logits", vocab, batch, dtype, kind, False
                 if vocab == vocabs[0]:
                     yield "logits", vocab, batch, dtype, "top-p", True
+    for vocab in vocabs:
+        for dtype in dtypes:
+            for batch in batches if (vocab, dtype) != (vocabs[0], dtypes[0]) else ():
+                for kind in ("greedy", "plain"):
+                    yield "heads", vocab, batch, dtype, kind, False
 
 
 def run(options, device: str) -> dict:
@@ -250,13 +259,15 @@ def run(options, device: str) -> dict:
         if late:
             inputs, size = None, 0
         elif source == "heads":
-            if dtype not in weights:
-                weights[dtype] = tuple(
+            if (vocab, dtype) not in weights:
+                weights.clear()
+                logits = ()
+                weights[vocab, dtype] = tuple(
                     torch.randn(vocab, d, dtype=dtype, device=device) * (2 / d**0.5) for d in sizes
                 )
             hidden = tuple(torch.randn(batch, d, dtype=dtype, device=device) for d in sizes)
-            inputs = SamplerInputs(**state, hidden=hidden, weights=weights[dtype])
-            size = sum(t.numel() * t.element_size() for t in (*hidden, *weights[dtype]))
+            inputs = SamplerInputs(**state, hidden=hidden, weights=weights[vocab, dtype])
+            size = sum(t.numel() * t.element_size() for t in (*hidden, *weights[vocab, dtype]))
         else:
             weights.clear()
             if made_for != (vocab, batch, dtype, flat):

@@ -39,7 +39,7 @@ def decisions(rows: list[dict]) -> dict:
         if any(gain is None or gain < 1 for gain in gains):
             break
         worth = batch
-    return {
+    result = {
         "graph_speedup_of_heads_and_sampler": table(
             ("greedy", "plain", "mixed"),
             lambda kind, batch: ratio(
@@ -55,6 +55,34 @@ def decisions(rows: list[dict]) -> dict:
             lambda kind, batch: ratio(of("eager+vllm", batch, kind), of("proxy", batch, kind)),
         ),
         "slower_than_flashinfer": slower_than(rows, "eager+flashinfer"),
+    }
+    return {**result, "targets_met": targets_met(rows, result)}
+
+
+def targets_met(rows: list[dict], read: dict) -> dict[str, bool | None]:
+    """Whether each target for an H200 holds in every batch measured; None where none was."""
+
+    def every(values: list[float | None], least: float) -> bool | None:
+        known = [value for value in values if value is not None]
+        return min(known) >= least if known else None
+
+    large = {r["batch"] for r in rows if r["batch"] >= 64}
+    first, speedups = read["us_at_batch_1"], read["speedup_over_eager_and_vllm"]
+    peers = any(row["provider"] == "eager+flashinfer" for row in rows)
+    return {
+        "80 % of copy bandwidth from batch 64": every(
+            [read["share_of_copy"][f"plain {batch}"] for batch in large], 0.8
+        ),
+        "under 10 us at batch 1": None if first is None else first < 10,
+        "3 times eager and vLLM, plain": every(
+            [v for name, v in speedups.items() if name.startswith("plain ")], 3
+        ),
+        "1.5 times eager and vLLM, top-k + top-p": every(
+            [v for name, v in speedups.items() if name.startswith("top-k+top-p ")], 1.5
+        ),
+        "faster than FlashInfer in every cell": (
+            not read["slower_than_flashinfer"] if peers else None
+        ),
     }
 
 

@@ -142,6 +142,27 @@ def _json(value) -> str:
     return json.dumps(value)  # writes NaN and Infinity, as many clients do
 
 
+def test_metrics_show_what_drafts_are_accepted(trio, models, tmp_path):
+    server = Server(trio, tmp_path / "log", "--speculative-tokens", "2")
+    try:
+        # Base plus half of the shift: the expert alone drafts right now and then.
+        for alpha in (0.5, 1):
+            want, _ = greedy(models, PROMPT, 24, alpha)
+            assert server.complete(alpha, max_tokens=24).choices[0].token_ids == want
+        lines = urllib.request.urlopen(server.url + "/metrics").read().decode().splitlines()
+        counts = {
+            name: sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+            for name in (
+                "vllm:spec_decode_num_draft_tokens_total",
+                "vllm:spec_decode_num_accepted_tokens_total",
+            )
+        }
+        drafted, accepted = counts.values()
+        assert 0 < accepted < drafted
+    finally:
+        server.process.kill()
+
+
 def test_key_health_and_metrics(server):
     wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
     with pytest.raises(openai.AuthenticationError):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import make_case
+from kernel_cases import make_case, make_heads
 
+from proxy_vllm.kernels import device as kernel_device
 from proxy_vllm.kernels.combine_sample import proxy_combine, proxy_sample
+from proxy_vllm.kernels.fused_head import fused_head_sample
 
 SAMPLE = {
     "base": [
@@ -86,6 +88,18 @@ def test_a_vocabulary_too_large_for_exact_sums_is_named(device):
     ids = torch.zeros(1, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match=r"^base: "):
         proxy_sample(wide, wide, wide, one, one, ids, ids)
+
+
+def test_tensors_on_a_cpu_are_named_where_there_is_no_interpreter(monkeypatch):
+    monkeypatch.setattr(kernel_device, "INTERPRETED", False)
+    case = make_case(3, 111)
+    with pytest.raises(ValueError, match=r"^base: is on cpu"):
+        proxy_sample(*case.arguments())
+    with pytest.raises(ValueError, match=r"^base: is on cpu"):
+        proxy_combine(*case.arguments()[:4])
+    hidden, weights = make_heads(3, (111, 111, 111), torch.float32)
+    with pytest.raises(ValueError, match=r"^hidden: is on cpu"):
+        fused_head_sample(hidden, weights, *case.arguments()[3:])
 
 
 def test_negative_strides_cannot_even_be_made():

@@ -43,7 +43,28 @@ def test_decisions():
         (32000, 8, 9.0),
     ]
 
+    assert got["targets_met"] == {
+        "80 % of copy bandwidth from batch 64": None,
+        "under 10 us at batch 1": True,
+        "3 times eager and vLLM, plain": True,
+        "1.5 times eager and vLLM, top-k + top-p": None,
+        "faster than FlashInfer in every cell": False,
+    }
+
+
+def test_a_target_holds_in_every_batch_or_not_at_all():
+    rows = [
+        row("proxy", 64, "plain", 10.0, share_of_copy=0.9),
+        row("proxy", 256, "plain", 10.0, share_of_copy=0.79),
+        row("eager+vllm", 64, "plain", 40.0),
+        row("eager+vllm", 256, "plain", 29.0),
+        row("proxy", 64, "top-k+top-p", 10.0),
+        row("eager+vllm", 64, "top-k+top-p", 15.0),
+    ]
+    assert list(decisions(rows)["targets_met"].values()) == [False, None, False, True, None]
+
 
 def test_no_rows_no_decisions():
     got = decisions([])
+    assert set(got["targets_met"].values()) == {None}
     assert got["us_at_batch_1"] is None and got["fused_head_max_batch"] == 0
