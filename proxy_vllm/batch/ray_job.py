@@ -106,13 +106,13 @@ class RayJob:
 
     def _settings(self) -> dict[str, Any]:
         """What the answers depend on, and the cut into blocks."""
-        given = {**_proxy_config(self.llm_arguments).to_dict(), **self.llm_arguments}
+        given = {**self.llm_arguments, **_proxy_config(self.llm_arguments).to_dict()}
         return {
             "input": [os.path.abspath(name) for name in self.sources],
             "block_rows": self.block_rows,
             "dtype": "auto",
             # Through text, so that what JSON gives back compares equal.
-            **{name: str(given[name]) for name in _DECISIVE if given.get(name) is not None},
+            **{name: str(given[name]) for name in _DECISIVE if given.get(name)},
             "sampling": self.sampling,
             "token_ids": self.token_ids,
         }

@@ -289,7 +289,7 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.cli.generate:GenerateSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.serve:ProxyServeSubcommand": "cmd subparser_init",
     "proxy_vllm.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync _model_forward _sample"
-    " load_model",
+    " load_model warming_up_model",
     "proxy_vllm.cpu_worker:ProxyCPUWorker": "_make_model_runner init_device",
     "proxy_vllm.llm:ProxyLLM": "__init__ _add_request _preprocess_chat_one _preprocess_cmpl"
     " _preprocess_cmpl_one",

@@ -106,7 +106,7 @@ def v2():
     """Own prompts want Model Runner V2; no engine starts here, so its name is enough."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vllm.config.vllm.HAS_TRITON", True)
-        patch.setattr("proxy_vllm.envs.cpu_runner", lambda: "v2")
+        patch.setattr("proxy_vllm.engine_args.cpu_runner", lambda: "v2")
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
         yield
 
@@ -432,7 +432,7 @@ def test_an_engine_that_was_not_set_up_for_them_says_so(trio, v2):
 
 
 def test_the_v1_runner_names_the_way_out(trio, monkeypatch):
-    monkeypatch.setattr("proxy_vllm.envs.cpu_runner", lambda: "v1")
+    monkeypatch.setattr("proxy_vllm.engine_args.cpu_runner", lambda: "v1")
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     server = Server(trio)
     error = server.refused(COMPLETIONS, {"prompt": "w5", **xargs(proxy_expert_prompt="w7")})
