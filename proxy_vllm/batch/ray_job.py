@@ -110,9 +110,8 @@ class RayJob:
         return {
             "input": [os.path.abspath(name) for name in self.sources],
             "block_rows": self.block_rows,
-            "dtype": "auto",
-            # Through text, so that what JSON gives back compares equal.
-            **{name: str(given[name]) for name in _DECISIVE if given.get(name)},
+            # As text, which compares equal after JSON; empty and `auto` are the same as not given.
+            **{n: str(given[n]) for n in _DECISIVE if given.get(n) and given[n] != "auto"},
             "sampling": self.sampling,
             "token_ids": self.token_ids,
         }
