@@ -126,7 +126,7 @@ class ProxyLLM(LLM):
             prompt = prompt["base"]
             if isinstance(prompt, (list, tuple)):
                 prompt = {"prompt_token_ids": list(prompt)}
-        return _carry(super()._preprocess_cmpl_one(prompt, tokenization_kwargs, **kwargs), own)
+        return self._carry(super()._preprocess_cmpl_one(prompt, tokenization_kwargs, **kwargs), own)
 
     def _preprocess_chat_one(self, conversation: Any, **kwargs: Any) -> Any:
         own = None
@@ -141,7 +141,15 @@ class ProxyLLM(LLM):
                 },
                 tools=kwargs.get("tools"),
             )
-        return _carry(super()._preprocess_chat_one(conversation, **kwargs), own)
+        return self._carry(super()._preprocess_chat_one(conversation, **kwargs), own)
+
+    def _carry(self, engine_input: Any, own: dict[str, list[int]] | None) -> Any:
+        """Let an engine's input carry the small members' prompts to where parameters are."""
+        if own:
+            # Here, since vLLM's refusal of a long prompt names no member.
+            self.member_prompts.check("base", engine_input["prompt_token_ids"])
+            engine_input[INPUT_KEY] = own
+        return engine_input
 
     def _add_request(self, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
         admit(self.proxy_config, params)
@@ -153,10 +161,3 @@ class ProxyLLM(LLM):
 def _is_own(prompt: Any) -> bool:
     """Whether a prompt is one for each model, by role."""
     return isinstance(prompt, dict) and not prompt.keys().isdisjoint(ROLES)
-
-
-def _carry(engine_input: Any, own: dict[str, list[int]] | None) -> Any:
-    """Let an engine's input carry the small members' prompts to where parameters are at hand."""
-    if own:
-        engine_input[INPUT_KEY] = own
-    return engine_input

@@ -98,7 +98,6 @@ class MemberPrompts:
             raise UserError(f"a prompt for each model has the keys {', '.join(ROLES)}: {unknown}")
         if prompt.get("base") is None:
             raise UserError("a prompt for each model needs a `base`")
-        self.ids("base", prompt["base"], add_special_tokens)  # vLLM's refusal names no member
         return {
             key: self.ids(role, prompt[role], add_special_tokens)
             for role, key in PROMPT_KEYS.items()

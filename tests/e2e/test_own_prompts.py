@@ -325,6 +325,7 @@ def test_a_prompt_for_each_model_offline(cached, reference):
     "prompt, fields, message",
     [
         ({"base": [5] * 256, "expert": [5]}, {}, "the base's prompt has 256 tokens"),
+        ({"base": "w5 " * 256, "expert": [5]}, {}, "the base's prompt has 256 tokens"),
         ({"base": [5], "expert": [5] * 256}, {}, "the expert's prompt has 256 tokens"),
         ({"base": [5], "antiexpert": [5] * 300}, {}, "the antiexpert's prompt has 300 tokens"),
         ({"base": [5], "expert": []}, {}, "the expert's prompt is empty"),
