@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,7 +19,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from bench_common import provenance, random_prompts, script_argv
+from bench_common import ChildProcess, provenance, random_prompts, script_argv
 
 SHAPES = {
     "base": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -151,29 +150,12 @@ def check_correctness(folders: dict[str, str]) -> None:
         assert list(output.outputs[0].token_ids) == want, "not token-exact: nothing is measured"
 
 
-def child(what: str, args: argparse.Namespace) -> None:
-    folders = {role: str(Path(args.models) / role) for role in SHAPES}
-    if what == "check":
-        check_correctness(folders)
-        result: dict = {"token_exact": True}
-    elif what == "loop":
-        result = measure_loop(folders, args)
-    else:
-        result = measure_vllm(what, folders, args)
-    Path(args.child_json).write_text(json.dumps(result))
-
-
-def run_child(what: str, args: argparse.Namespace) -> dict:
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, __file__, "--child", what, "--child-json", file.name,
-                   "--models", args.models, "--tokens", str(args.tokens),
-                   "--batch", *map(str, args.batch)]  # fmt: skip
-        if args.enforce_eager:
-            command.append("--enforce-eager")
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{what} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        return json.loads(Path(file.name).read_text())
+def run_child(what: str, folders: dict[str, str], args: argparse.Namespace) -> dict:
+    """One round's figures of `proxy`, `loop` or a member alone, in a process of its own."""
+    with ChildProcess() as child:
+        if what == "loop":
+            return child(measure_loop, folders, args)
+        return child(measure_vllm, what, folders, args)
 
 
 def summarise(rounds: list[dict], args: argparse.Namespace) -> dict:
@@ -211,19 +193,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--json", help="write the result here")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--child-json", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        child(args.child, args)
-        return
-
     folders = make_models(Path(args.models))
     weights = sum((Path(f) / "model.safetensors").stat().st_size for f in folders.values())
-    run_child("check", args)
+    with ChildProcess() as child:
+        child(check_correctness, folders)
     rounds = []
     for number in range(args.rounds):
-        rounds.append({what: run_child(what, args) for what in ("proxy", "loop", "base", "expert")})
+        parts = ("proxy", "loop", "base", "expert")
+        rounds.append({what: run_child(what, folders, args) for what in parts})
         print(f"round {number + 1}/{args.rounds}: {json.dumps(rounds[-1])}", file=sys.stderr)
 
     largest = max(r["proxy"]["peak_rss_largest_process"] for r in rounds)

@@ -26,15 +26,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 # Before PyTorch and Triton: it prepares the process for Model Runner V2 on a CPU.
 import proxy_vllm  # noqa: F401  # isort: skip
 
 from bench_common import (
+    ChildProcess,
     compare_with_loop,
     percentiles,
     provenance,
@@ -51,34 +49,6 @@ CHECK_TOKENS = 12
 KINDS = ("off", "idle", "own")
 MEASURES = ("step_ms", "step_outside_interpreter_ms")
 RATIOS = (("idle", "off"), ("own", "idle"), ("own", "off"))
-
-
-class Child:
-    """A process of its own, for one engine; what it prints is kept, and shown if it fails."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        self.pool = ProcessPoolExecutor(1, get_context("spawn"), _print_to, (str(log),))
-
-    def __call__(self, function: Callable, *args: Any) -> Any:
-        try:
-            return self.pool.submit(function, *args).result()
-        except Exception as error:
-            said = self.log.read_text()[-4000:] if self.log.exists() else ""
-            sys.exit(f"bench_own_prompts.py: error: {function.__name__}: {error}\n{said}")
-
-    def __enter__(self) -> "Child":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown()
-
-
-def _print_to(log: str) -> None:
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        getattr(sys, name).flush()
-        with open(log, "a") as file:
-            os.dup2(file.fileno(), stream)
 
 
 def parameters(tokens: int, alpha: float = 1.0, **prompts: list[int]):
@@ -218,9 +188,9 @@ def check(models: list[str], args: argparse.Namespace) -> dict:
     return compare_with_loop(trio, prompts, tokens, args.check_dtype, alphas)
 
 
-def take_turns(models: list[str], args: argparse.Namespace, root: Path) -> tuple[dict, list[dict]]:
+def take_turns(models: list[str], args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """Facts about the two engines, and the steps of every system in every turn."""
-    with Child(root / "off.log") as off, Child(root / "own.log") as own:
+    with ChildProcess() as off, ChildProcess() as own:
         engines = {"off": off(start, models, args, False), "own": own(start, models, args, True)}
         turns = []
         for turn in range(args.repeats):
@@ -310,12 +280,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         trio = write_models(root, args.check_shape)
-        with Child(root / "check.log") as child:
+        with ChildProcess() as child:
             checked = child(check, trio, args)
         if not checked["passed"]:
             sys.exit(f"bench_own_prompts.py: error: tokens differ from Transformers': {checked}")
         base, small = (write_config(root, shape) for shape in args.shapes)
-        engines, turns = take_turns([base, small, small], args, root)
+        engines, turns = take_turns([base, small, small], args)
     result = {
         **provenance(script_argv("bench_own_prompts.py")),
         "shapes": {"base": args.shapes[0], "expert": args.shapes[1], "antiexpert": args.shapes[1]},

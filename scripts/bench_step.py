@@ -15,13 +15,14 @@ does not hold are left out.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bench_common import (
+    ChildProcess,
     compare_with_loop,
     device_name,
     gpu_key,
@@ -171,30 +172,6 @@ def check(system: str, models: list[str], args: argparse.Namespace) -> dict:
     return compare_with_loop(trio, prompts, tokens, args.check_dtype, alphas)
 
 
-def child(args: argparse.Namespace) -> None:
-    job = json.loads(args.child)
-    result = {"check": check, "measure": measure}[job["what"]](job["system"], job["models"], args)
-    Path(job["result"]).write_text(json.dumps(result))
-
-
-def run_child(
-    what: str, system: str, models: list[str], args: argparse.Namespace, script: str = __file__
-) -> dict:
-    """`check` or `measure` in a process of its own, which takes the GPU's memory with it."""
-    with tempfile.TemporaryDirectory() as folder:
-        job = {"what": what, "system": system, "models": models, "result": f"{folder}/result.json"}
-        with open(f"{folder}/log", "w+") as log:
-            done = subprocess.run(
-                [sys.executable, script, *sys.argv[1:], "--child", json.dumps(job)],
-                stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **args.environment},
-            )  # fmt: skip
-            if done.returncode:
-                log.seek(0)
-                name = Path(script).name
-                sys.exit(f"{name}: error: {what} of {system} failed:\n{log.read()[-4000:]}")
-        return json.loads(Path(job["result"]).read_text())
-
-
 def rows_of(measured: dict[str, dict], args: argparse.Namespace) -> list[dict]:
     """One row a batch: steps of every system, its floor, and its share of the base alone."""
     from proxy_vllm.roofline import find_gpu, step_floor
@@ -256,7 +233,6 @@ def parse() -> argparse.Namespace:
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="for every engine")
     add("--smoke", action="store_true", help="tiny shapes, for a CPU")
     add("--json", help="write the result here")
-    add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if args.smoke:
@@ -274,12 +250,15 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    if args.child:
-        child(args)
-        return
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    os.environ.update(args.environment)
     begun = time.monotonic()
+
+    def run(function: Callable[..., dict], system: str, models: list[str]) -> dict:
+        with ChildProcess() as child:
+            return child(function, system, models, args)
+
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         trio = write_models(root, args.check_shape)
@@ -287,7 +266,7 @@ def main() -> None:
         for system in args.systems:
             if SYSTEMS[system] is None:
                 continue
-            checked[system] = run_child("check", system, trio, args)
+            checked[system] = run(check, system, trio)
             if not checked[system]["passed"]:
                 sys.exit(
                     f"bench_step.py: error: {system}: tokens differ from Transformers' choices:"
@@ -295,7 +274,7 @@ def main() -> None:
                 )
         base, small = (write_config(root, shape) for shape in args.shapes)
         models = [base, small, small]
-        measured = {s: run_child("measure", s, models, args) for s in args.systems}
+        measured = {s: run(measure, s, models) for s in args.systems}
     result = {
         **provenance(script_argv("bench_step.py")),
         "shapes": {"base": args.shapes[0], "expert": args.shapes[1], "antiexpert": args.shapes[1]},
