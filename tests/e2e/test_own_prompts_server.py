@@ -46,7 +46,7 @@ def server(trio, tmp_path_factory):
         "--block-size", "32", "--enable-scale-out",
     )  # fmt: skip
     yield server
-    server.process.kill()
+    server.stop()
 
 
 @pytest.fixture(scope="module")

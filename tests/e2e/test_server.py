@@ -47,6 +47,14 @@ class Server:
             time.sleep(0.5)
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
 
+    def stop(self) -> None:
+        """End it so that its engine ends too, which a kill would leave behind."""
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
     def status(self, path: str) -> int | None:
         try:
             return urllib.request.urlopen(self.url + path, timeout=5).status
@@ -70,8 +78,7 @@ def server(trio, tmp_path_factory):
         pytest.skip("one server is enough: the HTTP layer does not depend on the runner")
     server = Server(trio, tmp_path_factory.mktemp("server") / "log")
     yield server
-    if server.process.poll() is None:
-        server.process.kill()
+    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +167,7 @@ def test_metrics_show_what_drafts_are_accepted(trio, models, tmp_path):
         drafted, accepted = counts.values()
         assert 0 < accepted < drafted
     finally:
-        server.process.kill()
+        server.stop()
 
 
 def test_key_health_and_metrics(server):

@@ -37,8 +37,14 @@ def ranks(request, tmp_path_factory):
     """What every rank reports; the small members start on boundaries of their own."""
     world = request.param
     folder = tmp_path_factory.mktemp(f"ranks{world}")
-    job = {"case": CASE, "bounds": BOUNDS, "kinds": KINDS, "heads": HEADS}
-    torch.save({**job, "real_widths": REAL_WIDTHS}, folder / "job.pt")
+    job = {
+        "case": CASE,
+        "bounds": BOUNDS,
+        "kinds": KINDS,
+        "heads": HEADS,
+        "real_widths": REAL_WIDTHS,
+    }
+    torch.save(job, folder / "job.pt")
     processes = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(rank), str(world), str(folder)],
