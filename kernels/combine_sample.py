@@ -19,7 +19,6 @@ import torch
 from vllm.triton_utils import triton
 
 from proxy_vllm.kernels.checks import check_logits, check_request_state
-from proxy_vllm.kernels.device import INTERPRETED, num_shared_columns, require_triton
 from proxy_vllm.kernels.select import MAX_VOCAB
 from proxy_vllm.kernels.thresholds import find_thresholds
 from proxy_vllm.kernels.tiles import (
@@ -28,6 +27,7 @@ from proxy_vllm.kernels.tiles import (
     filtered_kernel,
     winner_kernel,
 )
+from proxy_vllm.kernels.triton_functions import INTERPRETED, num_shared_columns, require_triton
 
 __all__ = ["SampleLaunch", "batch_kinds", "choose_tile", "proxy_combine", "proxy_sample"]
 

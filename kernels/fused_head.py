@@ -17,8 +17,8 @@ from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.sample.gumbel import _log1p_neg_stable, murmur3_uniform32
 
 from proxy_vllm.kernels.checks import LOGIT_DTYPES, check_request_state
-from proxy_vllm.kernels.device import INTERPRETED, require_triton
 from proxy_vllm.kernels.tiles import winner_kernel
+from proxy_vllm.kernels.triton_functions import INTERPRETED, require_triton
 
 MEMBERS = ("base", "expert", "antiexpert")
 

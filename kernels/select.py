@@ -15,7 +15,7 @@ Thresholds and brackets are float32 values as order-preserving integers (device.
 
 from vllm.triton_utils import tl, triton
 
-from proxy_vllm.kernels.device import _FLT_MAX, float_key, key_float, row_slot
+from proxy_vllm.kernels.triton_functions import _FLT_MAX, float_key, key_float, row_slot
 
 # Fields of a row's state: the bracket LO <= t < HI as keys, the target of H, H(HI), and whether LO
 # is the answer.

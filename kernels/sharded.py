@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from proxy_vllm.kernels.checks import check_logits, check_request_state
 from proxy_vllm.kernels.combine_sample import SampleLaunch, proxy_combine, warps_for
-from proxy_vllm.kernels.device import require_triton
 from proxy_vllm.kernels.select import MAX_VOCAB
 from proxy_vllm.kernels.thresholds import Measurement, ThresholdSearch
+from proxy_vllm.kernels.triton_functions import require_triton
 
 Range = tuple[int, int]  # first token of a shard, and one past its last
 

@@ -5,7 +5,8 @@ All run on grids set by shapes alone; what a row needs is read from its request 
 
 from vllm.triton_utils import tl, triton
 
-from proxy_vllm.kernels.device import (
+from proxy_vllm.kernels.select import _FIELDS, min_p_threshold, row_filters, row_max
+from proxy_vllm.kernels.triton_functions import (
     combine_tile,
     gumbel_noised_argmax,
     key_float,
@@ -13,7 +14,6 @@ from proxy_vllm.kernels.device import (
     row_slot,
     unscaled_tile,
 )
-from proxy_vllm.kernels.select import _FIELDS, min_p_threshold, row_filters, row_max
 
 # Of the bound on the noise in _plain_winner: 2**-23 ln 2 and (32 + 127) ln 2.
 _BOUND_SLOPE = tl.constexpr(8.262958294867817e-08)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from proxy_vllm.envs import prepare_process
 
 if TYPE_CHECKING:
-    from proxy_vllm.batch.ray_actors import ProxyGenerator
+    from proxy_vllm.batch.ray_generator import ProxyGenerator
     from proxy_vllm.config import ProxyConfig
     from proxy_vllm.llm import ProxyLLM
 
@@ -19,7 +19,7 @@ prepare_process()
 
 _LAZY = {
     "ProxyConfig": "proxy_vllm.config",
-    "ProxyGenerator": "proxy_vllm.batch.ray_actors",
+    "ProxyGenerator": "proxy_vllm.batch.ray_generator",
     "ProxyLLM": "proxy_vllm.llm",
 }
 

@@ -9,6 +9,7 @@ from proxy_vllm.errors import UserError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
 
 ARCHITECTURE = "ProxyTunedForCausalLM"
 ROLES = ("base", "expert", "antiexpert")
@@ -88,6 +89,26 @@ class ProxyConfig:
         """Alpha of one request from its ``extra_args``; the server's where it names none."""
         value = (extra_args or {}).get(ALPHA_KEY)
         return self.alpha if value is None else self.check_alpha(value)
+
+    def check_request(self, params: Any) -> None:
+        """Raise ``UserError`` if ``params`` ask for an alpha that this engine does not run."""
+        self.alpha_of(getattr(params, "extra_args", None))
+
+    def worker_alpha(self, params: "SamplingParams | None") -> float:
+        """Alpha of a request that has reached a worker.
+
+        A worker must not raise, because that would end every other request too. A request that
+        came in past our checks with an alpha that cannot be used runs with the server's alpha.
+        """
+        try:
+            return self.alpha_of(params.extra_args if params is not None else None)
+        except UserError as error:
+            from vllm.logger import init_logger
+
+            init_logger(f"vllm.{__name__}").error(
+                "%s; this request runs with alpha %g", error, self.alpha
+            )
+            return self.alpha
 
     def member_args(self, role: str) -> dict[str, Any]:
         return dict(getattr(self, f"{role}_args"))

@@ -43,9 +43,8 @@ def apply_to_engine_args(
     if out.get("worker_cls") not in (None, "auto"):
         raise UserError(f"worker_cls={out['worker_cls']!r}: a proxy-tuned engine brings its own")
     on_cpu = current_platform.is_cpu()
-    out["worker_cls"] = (
-        "proxy_vllm.cpu_worker.ProxyCPUWorker" if on_cpu else "proxy_vllm.worker.ProxyWorker"
-    )
+    worker = "cpu_worker.ProxyCPUWorker" if on_cpu else "gpu_worker.ProxyWorker"
+    out["worker_cls"] = f"proxy_vllm.worker.{worker}"
 
     if proxy.takes_own_prompts and out.get("scheduler_cls") is None:
         out["scheduler_cls"] = SCHEDULER

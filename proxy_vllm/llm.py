@@ -8,10 +8,9 @@ from proxy_vllm.config import ROLES, ProxyConfig, check_vllm_version
 from proxy_vllm.engine_args import apply_to_engine_args
 from proxy_vllm.errors import UserError
 from proxy_vllm.own_prompts.chat_templates import AUTO, resolve_template
-from proxy_vllm.own_prompts.front_end import INPUT_KEY, MemberPrompts
+from proxy_vllm.own_prompts.member_prompts import INPUT_KEY, MemberPrompts
 from proxy_vllm.own_prompts.prompts import check_tokenization
 from proxy_vllm.plugin import register
-from proxy_vllm.request import admit
 from proxy_vllm.validate import validate_trio
 
 
@@ -152,9 +151,9 @@ class ProxyLLM(LLM):
         return engine_input
 
     def _add_request(self, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
-        admit(self.proxy_config, params)
+        self.proxy_config.check_request(params)
         own = prompt.pop(INPUT_KEY, None) if isinstance(prompt, dict) else None
-        params = self.member_prompts.admit(params, own)
+        params = self.member_prompts.add_to(params, own)
         return super()._add_request(prompt, params, *args, **kwargs)
 
 

@@ -8,4 +8,4 @@ def register() -> None:
     from vllm import ModelRegistry
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, f"proxy_vllm.model:{ARCHITECTURE}")
+        ModelRegistry.register_model(ARCHITECTURE, f"proxy_vllm.composite.model:{ARCHITECTURE}")

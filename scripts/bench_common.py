@@ -18,8 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Parts of the device names that CUDA gives, and the keys of `proxy_vllm.roofline.GPUS`. The first
-# that is found counts.
+# Parts of the device names that CUDA gives, and the keys of `proxy_vllm.plan.roofline.GPUS`. The
+# first that is found counts.
 _GPU_NAMES = {
     "B200": "b200",
     "H200": "h200",
@@ -61,7 +61,7 @@ def device_name() -> str:
 
 
 def gpu_key(name: str) -> str | None:
-    """The key of `proxy_vllm.roofline.GPUS` for a device name, None for a device not listed.
+    """The key of `proxy_vllm.plan.roofline.GPUS` for a device name, None for a device not listed.
 
     >>> gpu_key("NVIDIA H200"), gpu_key("CPU x86_64, 2 cores")
     ('h200', None)

@@ -5,7 +5,7 @@
     python scripts/bench_kernels.py --plot-only FILE.json
     python scripts/bench_kernels.py --device cpu --smoke       tries the script itself, tiny sizes
 
-Every provider of `proxy_vllm.kernels.dispatch` first has to draw the reference's tokens; one that
+Every provider of `kernel_bench.launches` first has to draw the reference's tokens; one that
 does not is reported as wrong and gets no time. Times are of CUDA graph replays with a cold L2 (a
 256 MiB buffer is written in between), median with p20 and p80; `eager_us` is the median of plain
 calls, launch overhead included. Bytes are what cannot be avoided: each logit (or weight) read once.
@@ -233,8 +233,7 @@ def run(options, device: str) -> dict:
     import torch
     import triton
     from bench_common import provenance
-
-    from proxy_vllm.kernels.dispatch import PROVIDERS, SamplerInputs
+    from kernel_bench.launches import PROVIDERS, SamplerInputs
 
     started = time.monotonic()
     timer = Timer(device, 2 if options.smoke else options.repeats)

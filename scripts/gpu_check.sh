@@ -22,7 +22,7 @@ step kernel_gpu_tests 580 pytest_json kernel_gpu_tests -m gpu tests/kernels
 step gpu_tests 590 pytest_json gpu_tests -m gpu tests/e2e/test_gpu.py
 step graph_tests 590 pytest_json graph_tests -m gpu tests/e2e/test_graphs.py
 step own_prompts 590 pytest_json own_prompts -m gpu 'tests/e2e/test_own_prompts*.py'
-step kernel_resources 580 '$python -m proxy_vllm.kernels.resources --json $out/kernel_resources.json'
+step kernel_resources 580 '$python -m kernel_bench.resources --json $out/kernel_resources.json'
 step kernel_bench 480 '$python scripts/bench_kernels.py --out $out/kernels.json'
 step step_bench 480 '$python scripts/bench_step.py --json $out/step.json'
 step step_sampler 480 '$python scripts/bench_step.py --repeats 3 --systems proxy sampler_graphs' \

@@ -5,5 +5,5 @@
 | `request.py` | one line: checked into a request, and its output as JSON |
 | `generator.py`, `shared.py` | many requests through one engine, for one thread or for several |
 | `jsonl.py`, `file_job.py` | JSONL in, JSONL out, restartable |
-| `ray_actors.py`, `ray_blocks.py`, `ray_job.py` | folders through several engines on Ray |
+| `ray_generator.py`, `ray_blocks.py`, `ray_job.py` | folders through several engines on Ray |
 """

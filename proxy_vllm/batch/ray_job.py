@@ -16,8 +16,8 @@ from typing import Any
 import ray
 
 from proxy_vllm.batch.file_job import Interrupts, Progress
-from proxy_vllm.batch.ray_actors import BlockWriter
 from proxy_vllm.batch.ray_blocks import Block, InputFile, OutputFolder, blocks_of, find_files
+from proxy_vllm.batch.ray_generator import BlockWriter
 from proxy_vllm.config import ProxyConfig, check_vllm_version
 from proxy_vllm.errors import UserError, without_trace
 

@@ -71,7 +71,7 @@ class SharedGenerator:
                     closing = closing or block is None
                     if block is not None:
                         blocks.append(block)
-                self._admit(blocks)
+                self._start(blocks)
                 if len(self._pool):
                     self._pool.step()
                 for block in [b for b in blocks if b.is_done()]:
@@ -82,7 +82,7 @@ class SharedGenerator:
             for block in blocks:
                 block.done.set()
 
-    def _admit(self, blocks: "list[_Block]") -> None:
+    def _start(self, blocks: "list[_Block]") -> None:
         for block in blocks:
             if block.alone and block is not blocks[0]:
                 return  # those before it first, and none behind it

@@ -81,7 +81,7 @@ def _module(kind: str) -> Any:
 
 def run_latency(args: argparse.Namespace) -> None:
     """Measure one batch, as `vllm bench latency`; the result's JSON also names the trio."""
-    from proxy_vllm.shapes import model_shape
+    from proxy_vllm.plan.model_size import model_shape
 
     proxy = _enter_trio(args)
     vocab_size = model_shape(args.model).vocab_size

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from proxy_vllm.roofline import Plan
+    from proxy_vllm.plan.roofline import Plan
 
 
 class PlanSubcommand:
@@ -23,8 +23,8 @@ class PlanSubcommand:
 
     @staticmethod
     def cmd(args: argparse.Namespace) -> None:
-        from proxy_vllm.roofline import find_gpu, plan
-        from proxy_vllm.shapes import model_shape
+        from proxy_vllm.plan.model_size import model_shape
+        from proxy_vllm.plan.roofline import find_gpu, plan
 
         gpu = find_gpu(
             args.gpu,
@@ -56,7 +56,7 @@ class PlanSubcommand:
         pass
 
     def subparser_init(self, subparsers: Any) -> Any:
-        from proxy_vllm.roofline import GPUS, RESERVE_GIB
+        from proxy_vllm.plan.roofline import GPUS, RESERVE_GIB
 
         parser = subparsers.add_parser(
             self.name,

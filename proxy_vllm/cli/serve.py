@@ -23,7 +23,7 @@ class ProxyServeSubcommand(ServeSubcommand):
         _check_tls_files(args)
         apply_to_namespace(args)
         # Requests with an alpha that cannot run are answered 400 before they reach the engine.
-        args.middleware = [*args.middleware, "proxy_vllm.admission.AdmissionMiddleware"]
+        args.middleware = [*args.middleware, "proxy_vllm.server.admission.AdmissionMiddleware"]
         try:
             ServeSubcommand.cmd(args)
         except OSError as error:

@@ -115,7 +115,7 @@ def check_tokenization(options: Any) -> None:
         )
 
 
-def obstacle(vllm_config: "VllmConfig") -> str | None:
+def unsupported_reason(vllm_config: "VllmConfig") -> str | None:
     """Why an engine cannot run own prompts, with the way out; None if it can."""
     from vllm import envs
     from vllm.config.compilation import CompilationMode

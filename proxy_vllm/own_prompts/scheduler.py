@@ -25,14 +25,14 @@ from vllm.v1.request import Request
 
 from proxy_vllm.config import ROLES
 from proxy_vllm.errors import UserError
-from proxy_vllm.own_prompts.front_end import MemberPrompts
+from proxy_vllm.own_prompts.member_prompts import MemberPrompts
 from proxy_vllm.own_prompts.prompts import (
     PROMPT_KEYS,
     RESOLVED_KEY,
     OwnPrompts,
     check_parameters,
     names_own_prompts,
-    obstacle,
+    unsupported_reason,
 )
 
 logger = init_logger(f"vllm.{__name__}")
@@ -43,9 +43,9 @@ class ProxyScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.own_prompts_obstacle = obstacle(self.vllm_config)
+        self.own_prompts_unsupported = unsupported_reason(self.vllm_config)
         self.member_prompts = MemberPrompts(self.vllm_config)
-        if self.own_prompts_obstacle is None:
+        if self.own_prompts_unsupported is None:
             _ = self.member_prompts.configs  # read now, and not while requests run
         # Base's padding of each request with own prompts that has not been scheduled yet.
         self._base_pads: dict[str, int] = {}
@@ -78,8 +78,8 @@ class ProxyScheduler(Scheduler):
         own = OwnPrompts.of(request.prompt_token_ids, named)
         if own is None:
             return
-        if self.own_prompts_obstacle:
-            raise UserError(f"own prompts: {self.own_prompts_obstacle}")
+        if self.own_prompts_unsupported:
+            raise UserError(f"own prompts: {self.own_prompts_unsupported}")
         check_parameters(params)
         for role, key in PROMPT_KEYS.items():
             if named[key] is not None:

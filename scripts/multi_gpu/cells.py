@@ -24,7 +24,7 @@ class Bench:
     """Everything that the cells share: models, machine, options, and rows so far."""
 
     def __init__(self, args: Any, about: dict[str, Any]) -> None:
-        from proxy_vllm.shapes import model_shape
+        from proxy_vllm.plan.model_size import model_shape
 
         self.args, self.about = args, about
         self.models = {r: getattr(args, r) for r in (*TRIO, "tuned") if getattr(args, r)}
@@ -207,8 +207,8 @@ class Bench:
 
         A server's batch varies, so its floor is that of one row.
         """
-        from proxy_vllm.roofline import find_gpu, step_floor
-        from proxy_vllm.shapes import DTYPE_BYTES
+        from proxy_vllm.plan.model_size import DTYPE_BYTES
+        from proxy_vllm.plan.roofline import find_gpu, step_floor
 
         key = self.args.gpu or gpu_key(self.about["device"])
         if key is None:

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from proxy_vllm.heads import _PLAIN_HEADS
+from proxy_vllm.composite.heads import _PLAIN_HEADS
 
 
 @pytest.mark.parametrize("name", sorted(_PLAIN_HEADS))
@@ -14,5 +14,5 @@ def test_compute_logits_is_the_logits_processor_alone(name):
     cls = ModelRegistry._try_load_model_cls(name)
     body = inspect.getsource(cls.compute_logits).split(":\n", 1)[1].split()
     plain = "logits = self.logits_processor(self.lm_head, hidden_states) return logits"
-    moved = f"vLLM's {name}.compute_logits is another: look at proxy_vllm/heads.py"
+    moved = f"vLLM's {name}.compute_logits is another: look at proxy_vllm/composite/heads.py"
     assert " ".join(body) == plain, moved

@@ -176,7 +176,7 @@ def test_pipeline_protocol():
     """What ``SupportsPP`` asks of a model is what the composite has (model.py)."""
     from vllm.model_executor.models.interfaces import supports_pp
 
-    from proxy_vllm.model import ProxyTunedForCausalLM
+    from proxy_vllm.composite.model import ProxyTunedForCausalLM
 
     assert supports_pp(ProxyTunedForCausalLM)
 

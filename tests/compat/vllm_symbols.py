@@ -258,11 +258,11 @@ CALLS: dict[str, dict[str, str]] = {
         " num_prompt_tokens"
     },
     "vllm.renderers.chat_utils:parse_chat_messages": {
-        "own_prompts/front_end.py": "/2 content_format"
+        "own_prompts/member_prompts.py": "/2 content_format"
     },
-    "vllm.renderers.chat_utils:has_non_text_content": {"own_prompts/front_end.py": "/1"},
+    "vllm.renderers.chat_utils:has_non_text_content": {"own_prompts/member_prompts.py": "/1"},
     "vllm.renderers.hf:safe_apply_chat_template": {
-        "own_prompts/front_end.py": "/3 chat_template tokenize tools"
+        "own_prompts/member_prompts.py": "/3 chat_template tokenize tools"
     },
     "vllm:LLM.enqueue": {"batch/generator.py": "/3 use_tqdm"},
     "vllm:LLM.enqueue_chat": {"batch/generator.py": "/3 use_tqdm"},
@@ -288,22 +288,24 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.cli.demo:DemoSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.generate:GenerateSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.serve:ProxyServeSubcommand": "cmd subparser_init",
-    "proxy_vllm.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync _model_forward _sample"
-    " load_model warming_up_model",
-    "proxy_vllm.cpu_worker:ProxyCPUWorker": "_make_model_runner init_device",
+    "proxy_vllm.worker.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync"
+    " _model_forward _sample load_model warming_up_model",
+    "proxy_vllm.worker.cpu_worker:ProxyCPUWorker": "_make_model_runner init_device",
     "proxy_vllm.llm:ProxyLLM": "__init__ _add_request _preprocess_chat_one _preprocess_cmpl"
     " _preprocess_cmpl_one",
-    "proxy_vllm.model:ProxyTunedForCausalLM": "__init__ forward make_empty_intermediate_tensors",
-    "proxy_vllm.model_state:ProxyModelState": "__init__ add_request apply_staged_writes"
+    "proxy_vllm.composite.model:ProxyTunedForCausalLM": "__init__ forward"
+    " make_empty_intermediate_tensors",
+    "proxy_vllm.worker.model_state:ProxyModelState": "__init__ add_request apply_staged_writes"
     " custom_sampler get_additional_cg_support initialize_kv_cache prepare_attn"
     " prepare_dummy_inputs prepare_inputs remove_request",
     "proxy_vllm.own_prompts.scheduler:ProxyScheduler": "__init__ _free_request add_request schedule"
     " update_from_output",
-    "proxy_vllm.runner:ProxyModelRunner": "capture_model gather_batch_req_state sample shutdown",
-    "proxy_vllm.sampler:ProxySampler": "__init__ add_request",
-    "proxy_vllm.serving:_Parser": "error",
-    "proxy_vllm.worker:ProxyWorker": "_make_model_runner compile_or_warm_up_model get_kv_cache_spec"
-    " init_device initialize_from_config load_model",
+    "proxy_vllm.worker.model_runner:ProxyModelRunner": "capture_model gather_batch_req_state"
+    " sample shutdown",
+    "proxy_vllm.worker.sampler:ProxySampler": "__init__ add_request",
+    "proxy_vllm.server.ray_serve:_Parser": "error",
+    "proxy_vllm.worker.gpu_worker:ProxyWorker": "_make_model_runner compile_or_warm_up_model"
+    " get_kv_cache_spec init_device initialize_from_config load_model",
 }
 
 # vLLM function -> calls in its body that reach our overrides, and keywords that they must pass.

@@ -37,7 +37,7 @@ def steps(monkeypatch):
     """Token table's shape and layers of each member, and alpha, at each step of the composite."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from proxy_vllm.model import ProxyTunedForCausalLM
+    from proxy_vllm.composite.model import ProxyTunedForCausalLM
 
     seen = []
     forward = ProxyTunedForCausalLM.forward

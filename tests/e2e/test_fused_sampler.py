@@ -54,7 +54,7 @@ def count_exchanges(worker) -> tuple[int, int]:
 
 
 def count_fused_heads(worker) -> None:
-    import proxy_vllm.heads as heads
+    import proxy_vllm.composite.heads as heads
 
     fused = heads.fused_head_sample
     worker.fused_head_rows = []
@@ -131,7 +131,7 @@ def test_ranks_that_share_out_the_batch(trio, expected, two_ranks):
 
 
 def test_special_rows_leave_the_others_on_the_fused_path(trio, expected, monkeypatch):
-    import proxy_vllm.sampler as sampler
+    import proxy_vllm.worker.sampler as sampler
 
     fused_rows = []
     fused = sampler.proxy_sample

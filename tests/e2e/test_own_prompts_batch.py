@@ -92,7 +92,7 @@ def test_rows_of_a_table(trio, expected):
     pa = pytest.importorskip("pyarrow")
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from proxy_vllm.batch.ray_actors import ProxyGenerator
+    from proxy_vllm.batch.ray_generator import ProxyGenerator
 
     chosen = [0, 3, 4, 5]
     rows = [

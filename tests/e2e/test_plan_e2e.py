@@ -4,7 +4,7 @@ import pytest
 from engines import SMALL, running
 from tiny_models import make_model
 
-from proxy_vllm.roofline import plan
+from proxy_vllm.plan.roofline import plan
 
 GPT2 = {"arch": "gpt2", "tied": True}
 OPT = {"arch": "opt", "tied": True}

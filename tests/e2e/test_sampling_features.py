@@ -367,7 +367,7 @@ def test_prompt_logprobs(rows, llm, reference, monkeypatch):
     Once the model combines the logits of a chunk at once, once in parts of 24 rows.
     """
     llm.reset_prefix_cache()
-    monkeypatch.setattr("proxy_vllm.model._LOGIT_ROWS", rows)
+    monkeypatch.setattr("proxy_vllm.composite.model._LOGIT_ROWS", rows)
     prompts = prompt_ids([150, 23, 64, 65], seed=3)
     requests = [
         (prompt, greedy_params(2, proxy_alpha=alpha, prompt_logprobs=3))

@@ -33,12 +33,14 @@ def reference(folders) -> Trio:
 @pytest.fixture(scope="module")
 def told():
     """What the worker logs. vLLM takes levels and handlers off its loggers as an engine starts."""
-    import proxy_vllm.worker
+    import proxy_vllm.worker.gpu_worker
 
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            proxy_vllm.worker.logger, "info", lambda text, *args: lines.append(text % args)
+            proxy_vllm.worker.gpu_worker.logger,
+            "info",
+            lambda text, *args: lines.append(text % args),
         )
         yield lines
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from kernel_bench.launches import PROVIDERS, SamplerInputs, get_provider
 from kernel_cases import Case, assert_tokens, make_case, make_filters, on
 
 from proxy_vllm.kernels import reference
-from proxy_vllm.kernels.dispatch import PROVIDERS, SamplerInputs, get_provider
 
 
 def inputs_of(case: Case, **more) -> SamplerInputs:

@@ -22,7 +22,7 @@ from scipy import stats
 
 from proxy_vllm.kernels import fused_head, reference
 from proxy_vllm.kernels.combine_sample import SampleLaunch, proxy_sample
-from proxy_vllm.kernels.device import INTERPRETED
+from proxy_vllm.kernels.triton_functions import INTERPRETED
 
 VOCAB = 37
 MIXTURES = {

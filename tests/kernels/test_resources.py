@@ -19,7 +19,7 @@ def test_kernels_compile_for_hopper_without_spills(tmp_path):
     # The interpreter's folder on the path would be mistaken for a backend that compiles.
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [sys.executable, "-m", "proxy_vllm.kernels.resources", "--quick", "--json", str(out)],
+        [sys.executable, "-m", "kernel_bench.resources", "--quick", "--json", str(out)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,9 +14,9 @@ from vllm.renderers import renderer_from_config
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from proxy_vllm.admission import AdmissionMiddleware
 from proxy_vllm.cli.arguments import apply_to_namespace
 from proxy_vllm.cli.serve import ProxyServeSubcommand
+from proxy_vllm.server.admission import AdmissionMiddleware
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOKENS = "/inference/v1/generate"

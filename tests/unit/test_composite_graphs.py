@@ -11,7 +11,7 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import ForwardContext, override_forward_context
 
-import proxy_vllm.model as model
+import proxy_vllm.composite.model as model
 from proxy_vllm.config import ROLES
 from proxy_vllm.own_prompts.inputs import MemberInputs
 

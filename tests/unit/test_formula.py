@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from proxy_vllm.formula import combine_logits
+from proxy_vllm.composite.formula import combine_logits
 from proxy_vllm.kernels.reference import combine
 
 INF, NAN = float("inf"), float("nan")

@@ -10,10 +10,10 @@ import time
 import pytest
 from scripted_llm import ScriptedLLM, lines
 
-from proxy_vllm.batch import ray_actors
+from proxy_vllm.batch import ray_generator
 from proxy_vllm.batch.jsonl import read_jsonl
-from proxy_vllm.batch.ray_actors import BlockWriter, ProxyGenerator
 from proxy_vllm.batch.ray_blocks import BlockReader, InputFile, OutputFolder, blocks_of, find_files
+from proxy_vllm.batch.ray_generator import BlockWriter, ProxyGenerator
 from proxy_vllm.batch.request import request_fields
 from proxy_vllm.batch.shared import EngineFailure, SharedGenerator
 from proxy_vllm.errors import UserError
@@ -187,7 +187,7 @@ def make_writer(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "_exit", exit_process)
 
     def make(llm=None, **options):
-        monkeypatch.setattr(ray_actors, "start_engine", lambda arguments: llm or ScriptedLLM())
+        monkeypatch.setattr(ray_generator, "start_engine", lambda arguments: llm or ScriptedLLM())
         return BlockWriter(str(tmp_path / "out"), {}, {}, plain_ids=True, **options)
 
     return make
@@ -321,7 +321,7 @@ def test_an_engine_that_does_not_start_is_told(tmp_path, monkeypatch, block):
     def broken(arguments):
         raise UserError("no such folder")
 
-    monkeypatch.setattr(ray_actors, "start_engine", broken)
+    monkeypatch.setattr(ray_generator, "start_engine", broken)
     report = BlockWriter(str(tmp_path), {}, {}).write(block)
     assert report["fatal"] == "an engine did not start: no such folder"
 
@@ -385,7 +385,7 @@ def test_rows_of_a_dataset(monkeypatch):
     import numpy as np
     import pyarrow as pa
 
-    monkeypatch.setattr(ray_actors, "start_engine", lambda arguments: ScriptedLLM())
+    monkeypatch.setattr(ray_generator, "start_engine", lambda arguments: ScriptedLLM())
     generator = ProxyGenerator(sampling={"max_tokens": 3}, token_ids=True, model="unused")
     table = generator(
         {

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from proxy_vllm.errors import UserError
-from proxy_vllm.roofline import GIB, GPUS, RESERVE_GIB, Gpu, find_gpu, plan, step_floor
-from proxy_vllm.shapes import load_config, model_shape
+from proxy_vllm.plan.model_size import load_config, model_shape
+from proxy_vllm.plan.roofline import GIB, GPUS, RESERVE_GIB, Gpu, find_gpu, plan, step_floor
 
 
 def llama(hidden, layers, heads, kv_heads, ffn, vocab, tied=False, **more):

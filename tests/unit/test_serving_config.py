@@ -143,7 +143,7 @@ def test_bad_options_of_the_ray_serve_application_are_one_line(trio, options, me
     pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
     import click
 
-    from proxy_vllm.serving import app
+    from proxy_vllm.server.ray_serve import app
 
     whole = f"{trio['model']} --expert {trio['expert']} --antiexpert {trio['antiexpert']}"
     options = options.format(base=trio["model"], expert=trio["expert"], trio=whole)
@@ -160,7 +160,7 @@ def test_the_documented_ray_serve_file_is_one(parser):
     import yaml
     from ray.serve.schema import ServeDeploySchema
 
-    from proxy_vllm.serving import ProxyServer
+    from proxy_vllm.server.ray_serve import ProxyServer
 
     (text,) = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.S)
     (application,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications

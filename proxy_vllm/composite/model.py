@@ -14,11 +14,9 @@ from vllm.model_executor.models.interfaces import SupportsPP, supports_pp
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from proxy_vllm.config import ROLES, ProxyConfig
-from proxy_vllm.errors import UserError
-from proxy_vllm.formula import combine_logits
-from proxy_vllm.heads import FusedHeads, ShardedHeads, Shards
-from proxy_vllm.members import (
+from proxy_vllm.composite.formula import combine_logits
+from proxy_vllm.composite.heads import FusedHeads, ShardedHeads, Shards
+from proxy_vllm.composite.members import (
     build_member,
     give_own_attention,
     load_member,
@@ -28,7 +26,9 @@ from proxy_vllm.members import (
     separate_attention,
     weight_bytes,
 )
-from proxy_vllm.own_prompts.prompts import obstacle
+from proxy_vllm.config import ROLES, ProxyConfig
+from proxy_vllm.errors import UserError
+from proxy_vllm.own_prompts.prompts import unsupported_reason
 
 if TYPE_CHECKING:
     from proxy_vllm.own_prompts.inputs import MemberInputs
@@ -66,7 +66,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             setattr(self, role, member)
         members = dict(zip(ROLES, self.members()))
         give_own_attention(members, self.member_configs)
-        if obstacle(vllm_config) is None:
+        if unsupported_reason(vllm_config) is None:
             separate_attention(members)
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             for role in ROLES:
@@ -319,7 +319,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
     @staticmethod
     def get_model_state_cls() -> type:
         """Model Runner V2's hook for per-request state."""
-        from proxy_vllm.model_state import ProxyModelState
+        from proxy_vllm.worker.model_state import ProxyModelState
 
         return ProxyModelState
 

@@ -3,7 +3,7 @@
 Needs no GPU: the host code runs as it is, on CPU tensors, with launches replaced by compilation, so
 what is measured is what a GPU would run. Uses the assembler that ships with Triton.
 
-    python -m proxy_vllm.kernels.resources [--json FILE]
+    python -m kernel_bench.resources [--json FILE]
 """
 
 import argparse

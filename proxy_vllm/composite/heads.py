@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 
-from proxy_vllm.formula import combine_logits
+from proxy_vllm.composite.formula import combine_logits
 from proxy_vllm.kernels.fused_head import fused_head_sample, supports
 from proxy_vllm.kernels.sharded import (
     Exchange,

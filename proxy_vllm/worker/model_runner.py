@@ -13,8 +13,8 @@ from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from proxy_vllm.kernels.combine_sample import batch_kinds
-from proxy_vllm.sampler import ProxySampler, Rows, merge, merge_logprobs, select_rows
-from proxy_vllm.sampler_graphs import Record, SamplerGraphs, cuda_graph_recorder
+from proxy_vllm.worker.sampler import ProxySampler, Rows, merge, merge_logprobs, select_rows
+from proxy_vllm.worker.sampler_graphs import Record, SamplerGraphs, cuda_graph_recorder
 
 logger = init_logger(f"vllm.{__name__}")
 

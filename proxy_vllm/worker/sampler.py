@@ -30,7 +30,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
-from proxy_vllm.heads import Shards
+from proxy_vllm.composite.heads import Shards
 from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.sharded import Exchange, ShardedSampler
 

@@ -5,9 +5,9 @@ from vllm.utils.mem_utils import format_gib
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.gpu_worker import Worker
 
+from proxy_vllm.composite.members import kv_bytes_per_token
 from proxy_vllm.config import ProxyConfig, check_vllm_version
 from proxy_vllm.errors import UserError
-from proxy_vllm.members import kv_bytes_per_token
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -79,6 +79,6 @@ class ProxyWorker(Worker):
                 "proxy_vllm on a GPU needs vLLM's Model Runner V2, which an option of this server"
                 " turns off (vLLM's log names it) or VLLM_USE_V2_MODEL_RUNNER=0 does"
             )
-        from proxy_vllm.runner import ProxyModelRunner
+        from proxy_vllm.worker.model_runner import ProxyModelRunner
 
         return ProxyModelRunner(self.vllm_config, self.device)

@@ -104,7 +104,7 @@ class AdmissionMiddleware:
         state = scope["app"].state
         if not getattr(state, "vllm_config", None):
             return messages
-        changed = await self._admit(state, scope["path"], bytes(body))
+        changed = await self._checked(state, scope["path"], bytes(body))
         if changed is None:
             return messages
         sized = (b"content-length", b"transfer-encoding")
@@ -112,7 +112,7 @@ class AdmissionMiddleware:
         scope["headers"][:] = [*headers, (b"content-length", b"%d" % len(changed))]
         return [{"type": "http.request", "body": changed, "more_body": False}]
 
-    async def _admit(self, state: Any, path: str, body: bytes) -> bytes | None:
+    async def _checked(self, state: Any, path: str, body: bytes) -> bytes | None:
         """Check a body; return it rewritten if prompts of the small members were put in."""
         if self._proxy is None:
             self._proxy = ProxyConfig.from_vllm_config(state.vllm_config)
@@ -178,7 +178,7 @@ class AdmissionMiddleware:
             chat: whether messages are to be rendered by the members' templates.
         """
         if self._prompts is None:
-            from proxy_vllm.own_prompts.front_end import MemberPrompts
+            from proxy_vllm.own_prompts.member_prompts import MemberPrompts
 
             self._prompts = MemberPrompts(state.vllm_config)
         prompts: dict[str, list[int]] = {}
@@ -200,7 +200,7 @@ class AdmissionMiddleware:
         )
         # vLLM's defaults for the base's prompt.
         special = bool(request.get("add_special_tokens", not reads_messages))
-        return self._prompts.admit(params, prompts, special).extra_args
+        return self._prompts.add_to(params, prompts, special).extra_args
 
     def _render(self, renderer: Any, request: dict) -> dict[str, list[int]] | None:
         """Prompts of members with templates, told what vLLM tells the base's; None if it cannot.

@@ -14,9 +14,8 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from proxy_vllm.config import ProxyConfig
-from proxy_vllm.request import worker_alpha
-from proxy_vllm.runner import ProxyModelRunner
-from proxy_vllm.worker import ProxyWorker
+from proxy_vllm.worker.gpu_worker import ProxyWorker
+from proxy_vllm.worker.model_runner import ProxyModelRunner
 
 
 class ProxyCPUModelRunner(CPUModelRunner):
@@ -55,7 +54,7 @@ class ProxyCPUModelRunner(CPUModelRunner):
             params = self.requests[req_id].sampling_params
             known = self.alphas.get(req_id)
             if known is None or known[0] is not params:
-                known = self.alphas[req_id] = params, worker_alpha(self.proxy_config, params)
+                known = self.alphas[req_id] = params, self.proxy_config.worker_alpha(params)
             alphas.append(known[1])
         return np.array(alphas, dtype=np.float32)
 

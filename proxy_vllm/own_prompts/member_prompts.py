@@ -1,4 +1,4 @@
-"""Front end of own prompts: text and messages to token ids of each member, checked on the way."""
+"""Text and messages to token ids of each member, checked on the way."""
 
 import copy
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from proxy_vllm.own_prompts.prompts import (
     check_ids,
     check_parameters,
     names_own_prompts,
-    obstacle,
+    unsupported_reason,
 )
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ class MemberPrompts:
     def __init__(self, vllm_config: "VllmConfig") -> None:
         self.base_config = vllm_config.model_config
         self.proxy = ProxyConfig.from_vllm_config(vllm_config)
-        self.obstacle = obstacle(vllm_config)
+        self.unsupported = unsupported_reason(vllm_config)
 
     @cached_property
     def configs(self) -> "dict[str, ModelConfig]":
-        from proxy_vllm.members import member_model_config
+        from proxy_vllm.composite.members import member_model_config
 
         small = {
             role: member_model_config(role, self.proxy, self.base_config) for role in PROMPT_KEYS
@@ -158,7 +158,7 @@ class MemberPrompts:
             prompts[key] = self.ids(role, text, add_special_tokens)
         return prompts
 
-    def admit(
+    def add_to(
         self,
         params: Any,
         prompts: dict[str, list[int]] | None = None,
@@ -179,8 +179,8 @@ class MemberPrompts:
             raise UserError(f"{RESOLVED_KEY} is not for requests to set")
         if not prompts and not names_own_prompts(extra_args):
             return params
-        if self.obstacle is not None:
-            raise UserError(f"a prompt for each model: {self.obstacle}")
+        if self.unsupported is not None:
+            raise UserError(f"a prompt for each model: {self.unsupported}")
         check_parameters(params)
         named = {**(prompts or {}), **extra_args}
         for role, key in PROMPT_KEYS.items():

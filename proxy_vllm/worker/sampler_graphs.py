@@ -18,13 +18,13 @@ from vllm.compilation.cudagraph_pool import capture_pool
 from vllm.triton_utils import tl, triton
 from vllm.utils.torch_utils import current_stream
 
-from proxy_vllm.sampler import ProxySampler, Rows
+from proxy_vllm.worker.sampler import ProxySampler, Rows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-    from proxy_vllm.model import ProxyTunedForCausalLM
+    from proxy_vllm.composite.model import ProxyTunedForCausalLM
 
 Work = Callable[[], None]
 Record = Callable[[Work], Work]  # takes work on fixed addresses, returns what does it again

@@ -20,8 +20,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from proxy_vllm.own_prompts.inputs import OwnPromptState, Step
-from proxy_vllm.own_prompts.prompts import RESOLVED_KEY, OwnPrompts, obstacle
-from proxy_vllm.request import worker_alpha
+from proxy_vllm.own_prompts.prompts import RESOLVED_KEY, OwnPrompts, unsupported_reason
 
 
 @triton.jit
@@ -64,7 +63,7 @@ class ProxyModelState(DefaultModelState):
         )
         # None: this engine cannot run own prompts, and everything is vLLM's own.
         self.own: OwnPromptState | None = None
-        if obstacle(vllm_config) is None:
+        if unsupported_reason(vllm_config) is None:
             self.own = OwnPromptState(self.max_num_reqs, self.max_num_tokens, device)
         self.step: Step | None = None
 
@@ -85,7 +84,7 @@ class ProxyModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        self.alpha.np[req_index] = worker_alpha(self.proxy_config, params)
+        self.alpha.np[req_index] = self.proxy_config.worker_alpha(params)
         if self.own is not None:
             data = (params.extra_args or {}).get(RESOLVED_KEY) if params is not None else None
             prompt = new_req_data.prompt_token_ids
@@ -162,7 +161,7 @@ class ProxyModelState(DefaultModelState):
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
         """Model Runner V2's hook: our sampler, and vLLM's draft verification on top of it."""
-        from proxy_vllm.sampler import ProxySampler
+        from proxy_vllm.worker.sampler import ProxySampler
 
         if self.vllm_config.watermark_config is not None:
             return None  # vLLM's watermarking sampler draws the token itself

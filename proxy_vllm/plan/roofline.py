@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from proxy_vllm.errors import UserError
-from proxy_vllm.shapes import DTYPE_BYTES, ConfigSource, ModelShape, model_shape
+from proxy_vllm.plan.model_size import DTYPE_BYTES, ConfigSource, ModelShape, model_shape
 
 GIB = 1 << 30
 KV_DTYPE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, **DTYPE_BYTES}
@@ -178,8 +178,8 @@ def plan(
 ) -> Plan:
     """Time, memory and fit of a trio on `tp` GPUs.
 
-    Members are shapes, or anything that `proxy_vllm.shapes.load_config` reads. Raises `UserError`
-    for an input that no engine could run, by name.
+    Members are shapes, or anything that `proxy_vllm.plan.model_size.load_config` reads. Raises
+    `UserError` for an input that no engine could run, by name.
 
     >>> tiny = dict(model_type="llama", hidden_size=64, num_hidden_layers=2, vocab_size=256,
     ...             num_attention_heads=2, intermediate_size=128)

@@ -1,0 +1,1 @@
+"""What stands before vLLM's HTTP application: checks of requests, and replicas on Ray Serve."""
