@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first, once.
+# On a fresh machine: `make demo` and `make test`. Both set up .venv first, once.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,53 +6,74 @@ BIN := $(VENV)/bin
 TORCH := 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# A working tree that borrows the environment of another one still runs its own code.
+export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo test test-v1 test-kernels test-v2 test-slow lint types setup clean
+.DEFAULT_GOAL := help
+.PHONY: help demo quick test test-v1 test-kernels test-v2 test-slow lint types format hooks setup \
+  install clean
 
-demo: setup
+help:  ## this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-14s %s\n", $$1, $$2}'
+
+demo: setup  ## the trained trio in the box against its three baselines (2 minutes)
 	$(BIN)/proxy-vllm demo
 
+quick: setup  ## unit tests, which start no engine (a minute)
+	$(BIN)/python -m pytest tests/unit -q -m "not slow"
+
 # Two suites at once: an engine of the tests has one thread.
-test: setup
+test: setup  ## the whole suite, on both runners
 	@echo "Two suites run at once, and each is printed when it ends; make test-v1 shows one as it runs."
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-v1 test-kernels test-v2
 
 # The runner is chosen when Triton is imported, so the suite runs in a process for each runner, and
 # one for the kernels. What does not depend on the runner runs once.
-RUNNER_FREE := bench_cli_e2e bench_multi_gpu bench_own_prompts generate plan_e2e ray_batch server
-test-v1: setup
+RUNNER_FREE := bench_cli_e2e bench_multi_gpu bench_own_prompts demo_e2e generate plan_e2e ray_batch \
+  server wheel
+test-v1: setup  ## unit, compat and end-to-end tests on vLLM's V1 runner (CPU users)
 	$(BIN)/python -m pytest tests --ignore=tests/kernels -m "not slow"
 
-test-kernels: setup
+test-kernels: setup  ## the Triton kernels, in Triton's interpreter
 	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/kernels -m "not slow"
 
-test-v2: setup
+test-v2: setup  ## end-to-end tests on Model Runner V2 (GPU users), in Triton's interpreter
 	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/e2e -m "not slow" \
 	  $(RUNNER_FREE:%=--ignore=tests/e2e/test_%.py)
 
-# What takes minutes each: benchmarks end to end, data parallel servers, every kernel for sm_90.
-test-slow: setup
+test-slow: setup  ## what takes minutes each: benchmarks, data parallel servers, kernels for sm_90
 	$(BIN)/python -m pytest tests --ignore=tests/kernels -m slow
 	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/kernels -m slow
 
-lint: setup
+lint: setup  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: setup
+types: setup  ## mypy
 	$(BIN)/mypy proxy_vllm
 
-setup: $(VENV)/.done
+format: setup  ## ruff puts the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
-# The stamp holds the lock it was made from: a second run re-uses the environment, a changed lock
-# brings it up to date.
-$(VENV)/.done: requirements/cpu.lock setup.py
+hooks: setup  ## git runs lint and types before a commit, and `make quick` before a push
+	$(BIN)/pre-commit install --install-hooks --hook-type pre-commit --hook-type pre-push
+
+# The stamp is a copy of the files that the environment was made from. Contents are compared and not
+# dates, which a checkout sets anew.
+MADE_FROM := requirements/cpu.lock pyproject.toml setup.py
+setup:  ## .venv, where it is missing or was made from other requirements
+	@cat $(MADE_FROM) | cmp -s - $(VENV)/.done || $(MAKE) --no-print-directory install
+
+# Packages alone: pip must not take this folder for an installed package.
+install: export PYTHONPATH :=
+install:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps "torch==$(TORCH)+cpu" \
 	  || $(BIN)/python -m pip install --quiet --no-deps --index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)+cpu"
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+	cat $(MADE_FROM) > $(VENV)/.done
 
-clean:
-	rm -rf $(VENV) build *.egg-info
+clean:  ## remove .venv and what builds leave behind
+	rm -rf $(VENV) build dist *.egg-info

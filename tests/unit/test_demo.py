@@ -3,10 +3,7 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 
 from proxy_vllm.demo import ROLES, model_path
@@ -186,29 +183,3 @@ def test_a_target_that_cannot_be_written_is_refused_before_the_run(target, tells
         main(["demo", "--json", str(tmp_path / target)])
     assert exit.value.code == 2
     assert tells in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_demo_command_separates_the_levels(tmp_path):
-    out = tmp_path / "demo.json"
-    command = [
-        sys.executable,
-        "-m",
-        "proxy_vllm.cli.main",
-        "demo",
-        "--n",
-        "300",
-        "--json",
-        str(out),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    numbers = json.loads(out.read_text())
-    assert numbers["n"] == 300
-    assert numbers["base"] < numbers["expert"] < numbers["proxy"] <= numbers["tuned"]
-    assert np.isclose(
-        numbers["gap_closed"],
-        (numbers["proxy"] - numbers["base"]) / (numbers["tuned"] - numbers["base"]),
-    )
-    for label in ("expert alone", "proxy-tuned", "directly tuned", "gap closed", "sample answers"):
-        assert label in done.stdout
