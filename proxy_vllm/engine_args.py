@@ -1,5 +1,6 @@
 """From the arguments of a plain vLLM engine to those of a proxy-tuned one."""
 
+import math
 import os
 from typing import Any
 
@@ -67,8 +68,7 @@ def apply_to_engine_args(
         raise UserError(f"--sampler-cuda-graphs: {excluded}")
     if on_cpu:
         cpu_runner()  # says now, and not in a worker, that the variable is wrong
-        _set_cpu_kv_cache(out)
-    return out
+    return {**out, **cpu_kv_cache(out)}
 
 
 def _excludes_own_prompts(kwargs: dict[str, Any], on_cpu: bool) -> str | None:
@@ -94,18 +94,33 @@ def _excludes_sampler_graphs(kwargs: dict[str, Any], on_cpu: bool) -> str | None
     return None
 
 
-def _set_cpu_kv_cache(kwargs: dict[str, Any]) -> None:
-    """Give CPU engines a KV cache that fits: vLLM's default share is refused on small machines."""
+def ranks_of(kwargs: dict[str, Any]) -> int:
+    """Processes of one engine that hold a part of the models: tensor times pipeline ranks."""
+    sizes = (kwargs.get(f"{kind}_parallel_size") for kind in ("tensor", "pipeline"))
+    return math.prod(max(1, int(size or 1)) for size in sizes)
+
+
+def cpu_kv_cache(kwargs: dict[str, Any], engines: int = 1) -> dict[str, int]:
+    """A KV cache that fits on a CPU: vLLM's default share is refused on small machines.
+
+    Args:
+        kwargs: engine arguments of one engine.
+        engines: engines that run beside each other on this machine.
+
+    Returns:
+        ``kv_cache_memory_bytes`` of each rank; empty on a GPU, and where the user chose a size.
+    """
+    from vllm.platforms import current_platform
+
     if (
-        kwargs.get("kv_cache_memory_bytes") is not None
+        not current_platform.is_cpu()
+        or kwargs.get("kv_cache_memory_bytes") is not None
         or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
         or kwargs.get("gpu_memory_utilization") not in (None, 0.92)
     ):
-        return
+        return {}
     import psutil
 
-    engines = 1
-    for name in ("tensor_parallel_size", "data_parallel_size"):
-        engines *= max(1, int(kwargs.get(name) or 1))
-    share = psutil.virtual_memory().available // 4 // engines
-    kwargs["kv_cache_memory_bytes"] = min(share, _CPU_KV_CACHE_CAP)
+    ranks = engines * ranks_of(kwargs) * max(1, int(kwargs.get("data_parallel_size") or 1))
+    share = psutil.virtual_memory().available // 4 // ranks
+    return {"kv_cache_memory_bytes": min(share, _CPU_KV_CACHE_CAP)}

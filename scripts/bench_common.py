@@ -1,20 +1,16 @@
-"""What benchmarks share: provenance, memory, percentiles, and the gate of correctness."""
+"""What benchmarks share: engines, provenance, memory, percentiles, the gate of correctness."""
 
-import atexit
 import os
 import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from proxy_vllm.demo import child
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,44 +104,47 @@ def percentiles(values: Sequence[float], which: Sequence[int] = (20, 50, 80, 99)
     return {f"p{p}": round(float(np.percentile(values, p)), 4) for p in which}
 
 
-class ChildProcess:
-    """A process of its own, for one engine, which takes the device's memory with it when it ends.
-
-    Calls run there, one after another, and leave globals behind for the next. What it prints goes
-    to a file, whose end is shown when a call fails and the benchmark with it.
-    """
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self._log = Path(self._folder.name, "log")
-        self._log.touch()
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _print_to, (self._log,))
+class ChildProcess(child.ChildProcess):
+    """A process for one engine; a call that fails there ends the benchmark."""
 
     def __call__(self, function: Callable, *args: Any) -> Any:
         try:
-            return self._pool.submit(function, *args).result()
-        except (Exception, SystemExit) as error:
-            said = self._log.read_text()[-4000:]
-            script = Path(sys.argv[0]).name
-            sys.exit(f"{script}: error: {function.__name__} failed: {error}\n{said}")
-
-    def __enter__(self) -> "ChildProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(BrokenProcessPool):  # it ended by itself, and the failed call says why
-            # vLLM ends an engine's process when Python exits, and children of `multiprocessing`
-            # leave without that: they would wait for the engine for ever.
-            self._pool.submit(atexit._run_exitfuncs).result()
-        self._pool.shutdown()
-        self._folder.cleanup()
+            return super().__call__(function, *args)
+        except child.ChildFailed as error:
+            sys.exit(f"{Path(sys.argv[0]).name}: error: {function.__name__} failed: {error}")
 
 
-def _print_to(log: Path) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-        with open(log, "a") as file:
-            os.dup2(file.fileno(), stream.fileno())
+def engine(models: Sequence[str], **kwargs: Any) -> Any:
+    """`vllm.LLM` of one model, or `ProxyLLM` of base, expert and antiexpert; for token ids."""
+    kwargs = {"skip_tokenizer_init": True, **kwargs}
+    if len(models) == 1:
+        from vllm import LLM
+
+        return LLM(models[0], **kwargs)
+    from proxy_vllm import ProxyLLM
+
+    base, expert, antiexpert = models
+    return ProxyLLM(base, expert=expert, antiexpert=antiexpert, **kwargs)
+
+
+def greedy(
+    llm: Any,
+    prompts: Sequence[list[int] | dict[str, list[int]]],
+    tokens: int,
+    alphas: Sequence[float] | None = None,
+) -> list:
+    """Greedy outputs of exactly `tokens` tokens; a prompt may be one for each role."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
+            extra_args=None if alphas is None else {"proxy_alpha": alphas[i]},
+        )
+        for i in range(len(prompts))
+    ]  # fmt: skip
+    asked = [p if isinstance(p, dict) else {"prompt_token_ids": p} for p in prompts]
+    return llm.generate(asked, params, use_tqdm=False)
 
 
 class PeakMemory(threading.Thread):

@@ -19,7 +19,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from bench_common import ChildProcess, provenance, random_prompts, script_argv
+from bench_common import ChildProcess, engine, greedy, provenance, random_prompts, script_argv
 
 SHAPES = {
     "base": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -28,6 +28,7 @@ SHAPES = {
                "num_attention_heads": 4, "num_key_value_heads": 2},
 }  # fmt: skip
 SHAPES["antiexpert"] = SHAPES["expert"]
+TRIO = tuple(SHAPES)
 VOCAB = 49152
 KV_BYTES = 512 << 20
 PROMPT_TOKENS = 64
@@ -78,26 +79,17 @@ def measure_vllm(what: str, folders: dict[str, str], args: argparse.Namespace) -
     """Decode step and throughput of `proxy`, or of one member alone, in vLLM."""
     largest = LargestProcess()
     largest.start()
-    from vllm import LLM, SamplingParams
-
-    engine = {
-        "dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": max(args.batch),
-        "kv_cache_memory_bytes": KV_BYTES, "skip_tokenizer_init": True,
-        "enable_prefix_caching": False, "enforce_eager": args.enforce_eager,
-    }  # fmt: skip
-    if what == "proxy":
-        from proxy_vllm import ProxyLLM
-
-        llm = ProxyLLM(folders["base"], expert=folders["expert"],
-                       antiexpert=folders["antiexpert"], **engine)  # fmt: skip
-    else:
-        llm = LLM(folders[what], **engine)
+    llm = engine(
+        [folders[role] for role in (TRIO if what == "proxy" else (what,))],
+        dtype="bfloat16", max_model_len=512, max_num_seqs=max(args.batch),
+        kv_cache_memory_bytes=KV_BYTES, enable_prefix_caching=False,
+        enforce_eager=args.enforce_eager,
+    )  # fmt: skip
 
     def run(batch: int, tokens: int) -> float:
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        requests = [{"prompt_token_ids": p} for p in prompts(batch)]
+        requests = prompts(batch)
         start = time.perf_counter()
-        llm.generate(requests, params, use_tqdm=False)
+        greedy(llm, requests, tokens)
         return time.perf_counter() - start
 
     result = {}
@@ -120,7 +112,7 @@ def measure_loop(folders: dict[str, str], args: argparse.Namespace) -> dict:
     from reference_loop import Trio, greedy_batch
 
     torch.set_num_threads(os.cpu_count() or 1)
-    trio = Trio.load(folders["base"], folders["expert"], folders["antiexpert"], torch.bfloat16)
+    trio = Trio.load(*(folders[role] for role in TRIO), torch.bfloat16)
     result = {}
     for batch in args.batch:
         greedy_batch(trio, prompts(batch), 2)
@@ -133,20 +125,16 @@ def measure_loop(folders: dict[str, str], args: argparse.Namespace) -> dict:
 
 def check_correctness(folders: dict[str, str]) -> None:
     """Raise unless a float32 engine equals the Transformers loop on these models."""
+    import reference_loop
     import torch
-    from reference_loop import Trio, greedy
-    from vllm import SamplingParams
 
-    from proxy_vllm import ProxyLLM
-
-    llm = ProxyLLM(folders["base"], expert=folders["expert"], antiexpert=folders["antiexpert"],
-                   dtype="float32", max_model_len=512, kv_cache_memory_bytes=KV_BYTES,
-                   skip_tokenizer_init=True, enforce_eager=True)  # fmt: skip
-    trio = Trio.load(folders["base"], folders["expert"], folders["antiexpert"], torch.float32)
-    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts(4)], params, use_tqdm=False)
-    for prompt, output in zip(prompts(4), outputs):
-        want, _ = greedy(trio, prompt, 8)
+    llm = engine(
+        [folders[role] for role in TRIO], dtype="float32", max_model_len=512,
+        kv_cache_memory_bytes=KV_BYTES, enforce_eager=True,
+    )  # fmt: skip
+    trio = reference_loop.Trio.load(*(folders[role] for role in TRIO), torch.float32)
+    for prompt, output in zip(prompts(4), greedy(llm, prompts(4), 8)):
+        want, _ = reference_loop.greedy(trio, prompt, 8)
         assert list(output.outputs[0].token_ids) == want, "not token-exact: nothing is measured"
 
 

@@ -114,11 +114,6 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--job"]:  # a replica's process
-        from multi_gpu.offline import run
-
-        run(json.loads(sys.argv[2]))
-        return
     from multi_gpu.cells import save_path
     from multi_gpu.processes import Failed
     from multi_gpu.report import markdown, plot

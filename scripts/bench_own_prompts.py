@@ -34,12 +34,13 @@ import proxy_vllm  # noqa: F401  # isort: skip
 from bench_common import (
     ChildProcess,
     compare_with_loop,
+    greedy,
     percentiles,
     provenance,
     random_prompts,
     script_argv,
 )
-from bench_step import SHAPES, cuda_graphs, engine, write_config, write_models
+from bench_step import SHAPES, cuda_graphs, start_engine, write_config, write_models
 
 SHAPES["135m-narrow"] = {**SHAPES["135m"], "vocab_size": 512}
 # How much longer the expert's prompt is than the base's, and the antiexpert's shorter: all three
@@ -49,16 +50,6 @@ CHECK_TOKENS = 12
 KINDS = ("off", "idle", "own")
 MEASURES = ("step_ms", "step_outside_interpreter_ms")
 RATIOS = (("idle", "off"), ("own", "idle"), ("own", "off"))
-
-
-def parameters(tokens: int, alpha: float = 1.0, **prompts: list[int]):
-    from vllm import SamplingParams
-
-    named = {f"proxy_{role}_prompt": ids for role, ids in prompts.items()}
-    return SamplingParams(
-        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
-        extra_args={"proxy_alpha": alpha, **named},
-    )  # fmt: skip
 
 
 def batch_of(kind: str, args: argparse.Namespace) -> list[dict[str, list[int]]]:
@@ -74,17 +65,6 @@ def batch_of(kind: str, args: argparse.Namespace) -> list[dict[str, list[int]]]:
         {"base": b, "expert": e, "antiexpert": a}
         for b, e, a in zip(base, expert, antiexpert, strict=True)
     ]
-
-
-def generate(llm, prompts: list[dict[str, list[int]]], tokens: int, alphas: list[float]):
-    return llm.generate(
-        [{"prompt_token_ids": prompt["base"]} for prompt in prompts],
-        [
-            parameters(tokens, alpha, **{r: ids for r, ids in prompt.items() if r != "base"})
-            for prompt, alpha in zip(prompts, alphas, strict=True)
-        ],
-        use_tqdm=False,
-    )
 
 
 def clock_name() -> str:
@@ -120,7 +100,7 @@ class Measured:
     def __init__(self, models: list[str], args: argparse.Namespace, own_prompts: bool) -> None:
         self.args = args
         start = time.perf_counter()
-        self.llm = engine(
+        self.llm = start_engine(
             "proxy", models, args, dtype=args.dtype, load_format="dummy", max_num_seqs=args.batch,
             max_model_len=args.context + OFFSET + args.tokens, own_prompts=own_prompts,
             compilation_config={"cudagraph_capture_sizes": [args.batch]},
@@ -133,7 +113,7 @@ class Measured:
         """Seconds of one run of the batch, whole and outside the interpreter."""
         batch = batch_of(kind, self.args)
         begun, inside = self.clock(), self.interpreted.seconds
-        generate(self.llm, batch, tokens, [1.0] * self.args.batch)
+        greedy(self.llm, batch, tokens)
         took = self.clock() - begun
         return took, took - (self.interpreted.seconds - inside)
 
@@ -178,11 +158,11 @@ def check(models: list[str], args: argparse.Namespace) -> dict:
         for i, row in enumerate(lengths)
     ]
     alphas = [1.0, 0.5, -0.5, 1.0, 0.0, 0.5]
-    llm = engine(
+    llm = start_engine(
         "proxy", models, args, dtype=args.check_dtype, max_num_seqs=8, max_model_len=128,
         max_num_batched_tokens=64, own_prompts=True,
     )  # fmt: skip
-    outputs = generate(llm, prompts, CHECK_TOKENS, alphas)
+    outputs = greedy(llm, prompts, CHECK_TOKENS, alphas)
     tokens = [list(o.outputs[0].token_ids) for o in outputs]
     trio = Trio.load(*models, torch.float32)
     return compare_with_loop(trio, prompts, tokens, args.check_dtype, alphas)

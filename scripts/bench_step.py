@@ -25,7 +25,9 @@ from bench_common import (
     ChildProcess,
     compare_with_loop,
     device_name,
+    engine,
     gpu_key,
+    greedy,
     percentiles,
     provenance,
     random_prompts,
@@ -94,30 +96,11 @@ def write_models(root: Path, name: str) -> list[str]:
     return folders
 
 
-def engine(system: str, models: list[str], args: argparse.Namespace, **kwargs):
-    """A trio as `ProxyLLM`, its base alone as `vllm.LLM`."""
-    kwargs = {"skip_tokenizer_init": True, **kwargs, **args.engine_args}
+def start_engine(system: str, models: list[str], args: argparse.Namespace, **kwargs):
+    """An engine of `SYSTEMS`."""
     options = SYSTEMS[system]
-    if options is None:
-        from vllm import LLM
-
-        return LLM(models[0], **kwargs)
-    from proxy_vllm import ProxyLLM
-
-    return ProxyLLM(models[0], expert=models[1], antiexpert=models[2], **options, **kwargs)
-
-
-def generate(llm, prompts: list[list[int]], tokens: int, alphas: list[float] | None = None):
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
-            extra_args=None if alphas is None else {"proxy_alpha": alphas[i]},
-        )
-        for i in range(len(prompts))
-    ]  # fmt: skip
-    return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    members = models[:1] if options is None else models
+    return engine(members, **(options or {}), **kwargs, **args.engine_args)
 
 
 def measure(system: str, models: list[str], args: argparse.Namespace) -> dict:
@@ -125,7 +108,7 @@ def measure(system: str, models: list[str], args: argparse.Namespace) -> dict:
     rows = max(args.batch)
     short, whole = args.tokens // 4, args.tokens
     start = time.perf_counter()
-    llm = engine(
+    llm = start_engine(
         system, models, args, dtype=args.dtype, load_format="dummy", max_num_seqs=rows,
         max_model_len=args.context + whole, enable_prefix_caching=True,
         compilation_config={"cudagraph_capture_sizes": sorted(args.batch)},
@@ -136,7 +119,7 @@ def measure(system: str, models: list[str], args: argparse.Namespace) -> dict:
 
     def timed(batch: int, tokens: int) -> float:
         begun = time.perf_counter()
-        generate(llm, prompts[:batch], tokens)
+        greedy(llm, prompts[:batch], tokens)
         return time.perf_counter() - begun
 
     cache = llm.llm_engine.vllm_config.cache_config
@@ -165,8 +148,10 @@ def check(system: str, models: list[str], args: argparse.Namespace) -> dict:
     vocab = SHAPES[args.check_shape]["vocab_size"]
     alphas = [1.0, 0.0, 0.5, -0.5]
     prompts = random_prompts(len(alphas), 24, vocab)
-    llm = engine(system, models, args, dtype=args.check_dtype, max_num_seqs=4, max_model_len=128)
-    outputs = generate(llm, prompts, CHECK_TOKENS, alphas)
+    llm = start_engine(
+        system, models, args, dtype=args.check_dtype, max_num_seqs=4, max_model_len=128
+    )
+    outputs = greedy(llm, prompts, CHECK_TOKENS, alphas)
     tokens = [list(o.outputs[0].token_ids) for o in outputs]
     trio = Trio.load(*models, torch.float32)
     return compare_with_loop(trio, prompts, tokens, args.check_dtype, alphas)

@@ -1,6 +1,5 @@
 """JSONL files of a batch: lines that may be bad, and a results file that survives a kill."""
 
-import hashlib
 import json
 import os
 import stat
@@ -15,36 +14,6 @@ from proxy_vllm.errors import UserError
 
 # Longer than any prompt; a binary file without line ends must not fill the memory.
 MAX_LINE_BYTES = 256 << 20
-
-
-class IdSet:
-    """Ids seen so far. Runs of integers take under a byte each, text about 100 bytes of any length.
-
-    The integer 1 and the text "1" are different ids, as they are in JSON.
-    """
-
-    def __init__(self) -> None:
-        self._pages: dict[int, int] = {}  # page -> 256 bits
-        self._digests: set[bytes] = set()
-
-    def __contains__(self, value: str | int) -> bool:
-        if isinstance(value, int):
-            return bool(self._pages.get(value >> 8, 0) >> (value & 255) & 1)
-        return _digest(value) in self._digests
-
-    def add(self, value: str | int) -> bool:
-        """Add an id; False if it was there."""
-        if value in self:
-            return False
-        if isinstance(value, int):
-            self._pages[value >> 8] = self._pages.get(value >> 8, 0) | 1 << (value & 255)
-        else:
-            self._digests.add(_digest(value))
-        return True
-
-
-def _digest(value: str) -> bytes:
-    return hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -101,15 +70,16 @@ def read_jsonl(stream: BinaryIO) -> Iterator[Item]:
                 yield number, error
 
 
-def only_new(items: Iterable[Item], done: IdSet) -> Iterator[Item]:
+def only_new(items: Iterable[Item], done: set[str | int]) -> Iterator[Item]:
     """Leave out lines whose id is in ``done``; a second line with one id becomes a bad line."""
-    seen = IdSet()
+    seen: set[str | int] = set()
     for number, data in items:
         if isinstance(data, dict):
             try:
                 request_id = id_of(number, data)
-                if not seen.add(request_id):
+                if request_id in seen:
                     raise UserError(f"id {request_id!r} stands on an earlier line too")
+                seen.add(request_id)
                 if request_id in done:
                     continue
             except UserError as error:
@@ -147,7 +117,7 @@ class ResultFile:
 
     def __init__(self, name: str, *, resume: bool = False, overwrite: bool = False) -> None:
         self.name = name
-        self.done = IdSet()
+        self.done: set[str | int] = set()
         self.written = 0
         self._end = 0
         self._fd = -1

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from proxy_vllm.batch.generator import Item
-from proxy_vllm.batch.jsonl import IdSet, only_new, parse_line
+from proxy_vllm.batch.jsonl import only_new, parse_line
 from proxy_vllm.errors import UserError
 
 _PARQUET = ".parquet"
@@ -184,7 +184,7 @@ class BlockReader:
             for number, data in rows:
                 if isinstance(data, dict) and data.get("id") is None:
                     data["id"] = f"{id_prefix}:{number}"
-        return list(only_new(rows, IdSet()))
+        return list(only_new(rows, set()))
 
     def _parquet_rows(self, block: Block) -> list[Item]:
         with self._lock:

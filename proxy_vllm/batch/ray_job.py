@@ -19,6 +19,7 @@ from proxy_vllm.batch.file_job import Interrupts, Progress
 from proxy_vllm.batch.ray_blocks import Block, InputFile, OutputFolder, blocks_of, find_files
 from proxy_vllm.batch.ray_generator import BlockWriter
 from proxy_vllm.config import ProxyConfig, check_vllm_version
+from proxy_vllm.engine_args import cpu_kv_cache, ranks_of
 from proxy_vllm.errors import UserError, without_trace
 
 # Rows of Ray's own dataset in one of its tasks, at most so many tasks.
@@ -26,7 +27,6 @@ _MOST_TASKS = 10_000
 _CONNECT_SECONDS = 5.0
 # The opening of HTTP/2, which Ray speaks, and empty SETTINGS; the other side answers with its own.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-_MOST_CPU_KV_CACHE = 4 << 30
 # Arguments of `ProxyLLM` that answers depend on; with others, a folder is not gone on with.
 _DECISIVE = (
     "model", "expert", "antiexpert", "alpha", "expert_args", "antiexpert_args", "dtype",
@@ -91,7 +91,7 @@ class RayJob:
                 if todo:
                     _validate_trio(self.llm_arguments)
                     with _ray(self.address):
-                        resources = replica_resources(self.replicas, self._ranks())
+                        resources = replica_resources(self.replicas, ranks_of(self.llm_arguments))
                         output.open()
                         self._answer(todo, output, resources, skipped, counts)
             except KeyboardInterrupt:
@@ -115,13 +115,6 @@ class RayJob:
             "sampling": self.sampling,
             "token_ids": self.token_ids,
         }
-
-    def _ranks(self) -> int:
-        sizes = (self.llm_arguments.get(f"{kind}_parallel_size") for kind in ("tensor", "pipeline"))
-        ranks = 1
-        for size in sizes:
-            ranks *= size or 1
-        return ranks
 
     def _plain_ids(self) -> bool:
         return len(self.sources) == 1 and not os.path.isdir(self.sources[0])
@@ -157,7 +150,10 @@ class RayJob:
             BlockWriter,
             fn_constructor_kwargs={
                 "folder": str(output.path),
-                "llm_arguments": _cpu_share(self.llm_arguments, self.replicas * self._ranks()),
+                "llm_arguments": {
+                    **self.llm_arguments,
+                    **cpu_kv_cache(self.llm_arguments, self.replicas),
+                },
                 "sampling": self.sampling,
                 "token_ids": self.token_ids,
                 "skip_errors": self.skip_errors,
@@ -323,23 +319,6 @@ def replica_resources(replicas: int, ranks: int) -> dict[str, float]:
     while sum(n // share for n in there) < replicas:
         share -= 1
     return {"num_cpus": share}
-
-
-def _cpu_share(arguments: dict[str, Any], engines: int) -> dict[str, Any]:
-    """On a CPU, a KV cache that fits beside the others: each engine would take a share of all."""
-    from vllm.platforms import current_platform
-
-    chosen = (
-        arguments.get("kv_cache_memory_bytes") is not None
-        or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-        or arguments.get("gpu_memory_utilization") not in (None, 0.92)
-    )
-    if not current_platform.is_cpu() or chosen:
-        return arguments
-    import psutil
-
-    share = psutil.virtual_memory().available // 4 // engines
-    return {**arguments, "kv_cache_memory_bytes": min(share, _MOST_CPU_KV_CACHE)}
 
 
 def _environment() -> dict[str, str]:

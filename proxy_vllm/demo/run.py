@@ -4,21 +4,16 @@ Each system runs in a process of its own, so that its memory is free before the 
 vLLM's messages can be kept for the case that it fails.
 """
 
-import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from proxy_vllm.demo import ROLES, model_path
+from proxy_vllm.demo.child import ChildFailed, ChildProcess
 from proxy_vllm.demo.problems import MAX_ANSWER_TOKENS, Problem
 from proxy_vllm.demo.report import SYSTEMS, Report
 from proxy_vllm.errors import UserError
-
-_TAIL_LINES = 30
 
 
 def engine_args() -> dict[str, Any]:
@@ -65,29 +60,17 @@ def answer_in_child(system: str, prompts: Sequence[str], alpha: float) -> list[s
     Its messages go to stderr where the user set `VLLM_LOGGING_LEVEL`; else only the last of them,
     when it fails. Raises `UserError` when it does.
     """
-    loud = "VLLM_LOGGING_LEVEL" in os.environ
     # A second process for the engine would gain nothing here, and import vLLM once more.
     env = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ}
-    with tempfile.TemporaryDirectory(prefix="proxy-vllm-demo-") as folder:
-        file = Path(folder, "answers.json")
-        task = {"system": system, "prompts": list(prompts), "alpha": alpha, "file": str(file)}
-        done = subprocess.run(
-            [sys.executable, "-m", "proxy_vllm.demo.run"],
-            input=json.dumps(task),
-            text=True,
-            env=env,
-            stdout=sys.stderr if loud else subprocess.PIPE,
-            stderr=None if loud else subprocess.STDOUT,
-        )
-        if done.returncode == 0:
-            return json.loads(file.read_text(encoding="utf-8"))
-    tail = "\n".join((done.stdout or "").splitlines()[-_TAIL_LINES:])
-    if tail:
-        print(tail, file=sys.stderr)
-    raise UserError(
-        f"{SYSTEMS[system]} did not run through vLLM (exit status {done.returncode}): "
-        "its last messages are above, VLLM_LOGGING_LEVEL=DEBUG shows all"
-    )
+    try:
+        with ChildProcess(env, quiet="VLLM_LOGGING_LEVEL" not in os.environ) as child:
+            return child(answer, system, prompts, alpha)
+    except ChildFailed as error:
+        print(error, file=sys.stderr)
+        raise UserError(
+            f"{SYSTEMS[system]} did not run through vLLM: its last messages are above,"
+            " VLLM_LOGGING_LEVEL=DEBUG shows all"
+        ) from None
 
 
 def run_demo(problems: Sequence[Problem], alpha: float, say: Callable[[str], None]) -> Report:
@@ -100,13 +83,3 @@ def run_demo(problems: Sequence[Problem], alpha: float, say: Callable[[str], Non
         say(label)
         answers[system] = answer_in_child(system, prompts, alpha)
     return Report(problems, answers, alpha)
-
-
-def _main() -> None:
-    task = json.load(sys.stdin)
-    texts = answer(task["system"], task["prompts"], task["alpha"])
-    Path(task["file"]).write_text(json.dumps(texts), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    _main()

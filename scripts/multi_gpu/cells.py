@@ -8,7 +8,7 @@ from typing import Any
 from bench_common import PeakMemory, gpu_key, percentiles, random_prompts
 
 from multi_gpu.placement import Machine
-from multi_gpu.processes import Failed, bench_serve, run_jobs, servers
+from multi_gpu.processes import Failed, bench_serve, check_tokens, run_job, servers
 
 # Of the keys of a row; a row of a cell that failed holds `error` in place of its figures.
 FIGURES = (
@@ -49,8 +49,7 @@ class Bench:
 
     def check(self, tp: int) -> dict[str, Any]:
         """The engine under test against the Transformers models; raises `Failed` on a fault."""
-        environments = self.environments(1, tp)
-        (result,), _ = run_jobs([self.job("check", tp)], environments, [])
+        result = check_tokens(self.job("proxy", tp), self.environments(1, tp)[0])
         if not result["passed"]:
             raise Failed(f"tokens differ from the Transformers loop's: {result}")
         return result
@@ -61,16 +60,17 @@ class Bench:
         if reason := self.machine.check(replicas, tp):
             self._fail([{**cell, "batch": b} for b in self.args.batch], reason)
             return
-        jobs = [self.job(system, tp) for _ in range(replicas)]
         try:
-            results, peak = run_jobs(
-                jobs, self.environments(replicas, tp), self.machine.indices(replicas * tp)
+            results, peak = run_job(
+                self.job(system, tp),
+                self.environments(replicas, tp),
+                self.machine.indices(replicas * tp),
             )
         except Failed as error:
             self._fail([{**cell, "batch": b} for b in self.args.batch], str(error))
             return
         for batch in self.args.batch:
-            parts = [r[str(batch)] for r in results]
+            parts = [r[batch] for r in results]
             if system == "loop":
                 self.loop_tokens[batch] = parts[0]["tokens"]
             same = system in ("proxy", "loop")

@@ -1,91 +1,79 @@
 """One replica, offline, in a process of its own: an engine of vLLM, or the Transformers loop.
 
-Replicas load each on their own and start each batch together: a process writes `ready`, and waits
-for the parent's `go`. Times are vLLM's own, from `RequestOutput.metrics`.
+`load` and then, for each batch, `warm_up` and `measure` run in that process one after another, so
+that the caller can start each batch in all replicas together. Times are vLLM's own, from
+`RequestOutput.metrics`.
 """
 
-import json
 import time
-from pathlib import Path
 from typing import Any
 
-from bench_common import compare_with_loop, random_prompts
+from bench_common import compare_with_loop, engine, greedy, random_prompts
 
-ROLES = ("base", "expert", "antiexpert", "tuned")
+TRIO = ("base", "expert", "antiexpert")
+# What `load` leaves in its process for the calls after it.
+_job: dict[str, Any] = {}
+_model: Any = None
 
 
-def engine(job: dict[str, Any], system: str) -> Any:
+def start_engine(job: dict[str, Any], system: str, batch: int) -> Any:
     """`proxy`, or a member alone, in vLLM."""
-    kwargs = {
-        "max_num_seqs": max(job["batches"]),
-        "max_model_len": job["input_len"] + job["output_len"],
-        "enable_prefix_caching": False,
-        "disable_log_stats": False,
-        "skip_tokenizer_init": True,
-        "dtype": job["dtype"],
-        "tensor_parallel_size": job["tp"],
-        **job["engine_args"],
+    return engine(
+        [job["models"][role] for role in (TRIO if system == "proxy" else (system,))],
+        **{
+            "max_num_seqs": batch,
+            "max_model_len": job["input_len"] + job["output_len"],
+            "enable_prefix_caching": False,
+            "disable_log_stats": False,
+            "dtype": job["dtype"],
+            "tensor_parallel_size": job["tp"],
+            **job["engine_args"],
+        },
+    )
+
+
+def load(job: dict[str, Any]) -> None:
+    """Load what the job measures, for the calls that follow in this process."""
+    global _job, _model
+    loop = job["system"] == "loop"
+    _job = job
+    _model = load_loop(job) if loop else start_engine(job, job["system"], max(job["batches"]))
+
+
+def prompts_of(batch: int) -> list[list[int]]:
+    return random_prompts(batch, _job["input_len"], _job["vocab"], seed=_job["index"])
+
+
+def warm_up(batch: int) -> None:
+    """Everything that the first run of a batch pays for."""
+    if _job["system"] == "loop":
+        from reference_loop import greedy_batch
+
+        greedy_batch(_model, prompts_of(batch), 2)
+        return
+    for _ in range(_job["warmups"]):
+        greedy(_model, prompts_of(batch), min(4, _job["output_len"]))
+
+
+def measure(batch: int) -> dict[str, Any]:
+    """Wall-clock interval, output tokens, and TTFT and TPOT of each request in ms."""
+    if _job["system"] == "loop":
+        return measure_loop(batch)
+    start = time.time()
+    outputs = greedy(_model, prompts_of(batch), _job["output_len"])
+    end = time.time()
+    stats = [o.metrics for o in outputs]
+    return {
+        "start": start,
+        "end": end,
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "ttft_ms": [1e3 * s.first_token_latency for s in stats],
+        "tpot_ms": [
+            1e3 * (s.last_token_ts - s.first_token_ts) / (s.num_generation_tokens - 1)
+            for s in stats
+            if s.num_generation_tokens > 1
+        ],
     }
-    models = job["models"]
-    if system == "proxy":
-        from proxy_vllm import ProxyLLM
-
-        return ProxyLLM(
-            models["base"], expert=models["expert"], antiexpert=models["antiexpert"], **kwargs
-        )
-    from vllm import LLM
-
-    return LLM(models[system], **kwargs)
-
-
-def greedy(llm: Any, prompts: list[list[int]], tokens: int, alphas: list[float] | None = None):
-    """Greedy outputs of exactly `tokens` tokens, in the order of the prompts."""
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
-            extra_args=None if alphas is None else {"proxy_alpha": alphas[i]},
-        )
-        for i in range(len(prompts))
-    ]  # fmt: skip
-    return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-
-
-def together(folder: Path, name: str) -> None:
-    """Say that this process is ready, and wait until all are."""
-    (folder / f"{name}.ready").touch()
-    while not (folder / f"{name.split('-')[0]}.go").exists():
-        if not folder.exists():
-            raise SystemExit("the parent is gone")
-        time.sleep(0.005)
-
-
-def measure_vllm(job: dict[str, Any]) -> dict[str, Any]:
-    """Per batch: wall-clock interval, output tokens, and TTFT and TPOT of each request in ms."""
-    llm = engine(job, job["system"])
-    result = {}
-    for number, batch in enumerate(job["batches"]):
-        prompts = random_prompts(batch, job["input_len"], job["vocab"], seed=job["index"])
-        for _ in range(job["warmups"]):
-            greedy(llm, prompts, min(4, job["output_len"]))
-        together(Path(job["folder"]), f"{number}-{job['index']}")
-        start = time.time()
-        outputs = greedy(llm, prompts, job["output_len"])
-        end = time.time()
-        stats = [o.metrics for o in outputs]
-        result[str(batch)] = {
-            "start": start,
-            "end": end,
-            "tokens": [list(o.outputs[0].token_ids) for o in outputs],
-            "ttft_ms": [1e3 * s.first_token_latency for s in stats],
-            "tpot_ms": [
-                1e3 * (s.last_token_ts - s.first_token_ts) / (s.num_generation_tokens - 1)
-                for s in stats
-                if s.num_generation_tokens > 1
-            ],
-        }
-    return result
 
 
 def load_loop(job: dict[str, Any]) -> Any:
@@ -93,10 +81,7 @@ def load_loop(job: dict[str, Any]) -> Any:
     import torch
     from reference_loop import Trio
 
-    models = job["models"]
-    trio = Trio.load(
-        models["base"], models["expert"], models["antiexpert"], getattr(torch, job["dtype"])
-    )
+    trio = Trio.load(*(job["models"][role] for role in TRIO), getattr(torch, job["dtype"]))
     if torch.cuda.is_available():
         torch.set_default_device("cuda")  # the loop makes its tensors where PyTorch makes them
         for model in trio.models():
@@ -104,54 +89,36 @@ def load_loop(job: dict[str, Any]) -> Any:
     return trio
 
 
-def measure_loop(job: dict[str, Any]) -> dict[str, Any]:
+def measure_loop(batch: int) -> dict[str, Any]:
     """The loop's rows all go one pace, so TTFT is the time of one token, TPOT that of the rest."""
     from reference_loop import greedy_batch
 
-    trio = load_loop(job)
-    result = {}
-    for number, batch in enumerate(job["batches"]):
-        prompts = random_prompts(batch, job["input_len"], job["vocab"], seed=job["index"])
-        greedy_batch(trio, prompts, 2)
-        together(Path(job["folder"]), f"{number}-{job['index']}")
-        begun = time.perf_counter()
-        greedy_batch(trio, prompts, 1)
-        first = time.perf_counter() - begun
-        start = time.time()
-        tokens = greedy_batch(trio, prompts, job["output_len"])
-        end = time.time()
-        rest = max(0.0, end - start - first) / max(1, job["output_len"] - 1)
-        result[str(batch)] = {
-            "start": start,
-            "end": end,
-            "tokens": tokens,
-            "ttft_ms": [1e3 * first] * batch,
-            "tpot_ms": [1e3 * rest] * batch,
-        }
-    return result
+    prompts, tokens_each = prompts_of(batch), _job["output_len"]
+    begun = time.perf_counter()
+    greedy_batch(_model, prompts, 1)
+    first = time.perf_counter() - begun
+    start = time.time()
+    tokens = greedy_batch(_model, prompts, tokens_each)
+    end = time.time()
+    rest = max(0.0, end - start - first) / max(1, tokens_each - 1)
+    return {
+        "start": start,
+        "end": end,
+        "tokens": tokens,
+        "ttft_ms": [1e3 * first] * batch,
+        "tpot_ms": [1e3 * rest] * batch,
+    }
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
     """Hold a small batch of the engine under test against the Transformers models."""
-    count, alphas = 4, [1.0, 0.0, 0.5, -0.5]
-    prompts = random_prompts(count, job["input_len"], job["vocab"])
-    llm = engine({**job, "batches": [count]}, "proxy")
-    outputs = greedy(llm, prompts, job["output_len"], alphas)
-    tokens = [list(o.outputs[0].token_ids) for o in outputs]
-    llm.llm_engine.engine_core.shutdown()
-    del llm
     import torch
     from reference_loop import Trio
 
-    models = job["models"]
-    trio = Trio.load(
-        models["base"], models["expert"], models["antiexpert"], getattr(torch, job["dtype"])
-    )
+    alphas = [1.0, 0.0, 0.5, -0.5]
+    prompts = random_prompts(len(alphas), job["input_len"], job["vocab"])
+    llm = start_engine(job, "proxy", len(alphas))
+    outputs = greedy(llm, prompts, job["output_len"], alphas)
+    tokens = [list(o.outputs[0].token_ids) for o in outputs]
+    trio = Trio.load(*(job["models"][role] for role in TRIO), getattr(torch, job["dtype"]))
     return compare_with_loop(trio, prompts, tokens, job["dtype"], alphas)
-
-
-def run(job: dict[str, Any]) -> None:
-    """Do the job and write its result where it says."""
-    kinds = {"check": check, "loop": measure_loop}
-    result = kinds.get(job["system"], measure_vllm)(job)
-    Path(job["result"]).write_text(json.dumps(result))

@@ -1,6 +1,7 @@
 """Child processes: replicas that measure together, and servers."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -10,17 +11,17 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bench_common import ROOT, PeakMemory
 
+from multi_gpu import offline
+from proxy_vllm.demo.child import ChildFailed as Failed
+from proxy_vllm.demo.child import ChildProcess
+
 START_SECONDS = 1800
-
-
-class Failed(Exception):
-    """A child ended before it had a result; the message holds the end of its log."""
 
 
 def _spawn(command: list[str], env: dict[str, str], log: Path) -> subprocess.Popen:
@@ -51,51 +52,35 @@ def _tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
 
 
-def run_jobs(jobs: list[dict], environments: list[dict], gpus: list[int]) -> tuple[list, int]:
-    """Run the same job in one process a replica, each batch started together.
+def check_tokens(job: dict, environment: dict[str, str]) -> dict:
+    """What `offline.check` finds, in a process of its own."""
+    with ChildProcess(environment) as child:
+        return child(offline.check, job)
 
-    Returns each replica's result and the peak memory in bytes. Raises `Failed` where one ends
-    early.
+
+def run_job(job: dict, environments: list[dict], gpus: list[int]) -> tuple[list, int]:
+    """Run a job in one process a replica, each batch started together.
+
+    Returns each replica's results by batch, and the peak memory in bytes. Raises `Failed` where a
+    replica fails.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder, processes = Path(name), []
-        memory = None
-        try:
-            for i, (job, env) in enumerate(zip(jobs, environments, strict=True)):
-                job = {**job, "index": i, "folder": name, "result": f"{name}/{i}.json"}
-                command = [sys.executable, str(ROOT / "scripts/bench_multi_gpu.py"), "--job"]
-                processes.append(_spawn([*command, json.dumps(job)], env, folder / f"{i}.log"))
-            memory = PeakMemory([p.pid for p in processes], gpus)
-            rounds = 0 if jobs[0]["system"] == "check" else len(jobs[0]["batches"])
-            for number in range(rounds):
-                _await(processes, folder, [f"{number}-{i}.ready" for i in range(len(jobs))])
-                (folder / f"{number}.go").touch()
-            _await(processes, folder, [f"{i}.json" for i in range(len(jobs))])
-            for process in processes:
-                process.wait(120)
-            results = [json.loads((folder / f"{i}.json").read_text()) for i in range(len(jobs))]
-            return results, memory.stop()
-        finally:
-            if memory:
-                memory.stop()
-            for process in processes:
-                _end(process)
+    with contextlib.ExitStack() as stack:
+        children = [stack.enter_context(ChildProcess(env)) for env in environments]
+        memory = PeakMemory([child.pid for child in children], gpus)
+        stack.callback(memory.stop)
 
+        def everywhere(function: Callable, arguments: Iterable) -> list:
+            calls = [c.start(function, x) for c, x in zip(children, arguments)]
+            return [c.result(call) for c, call in zip(children, calls, strict=True)]
 
-def _await(processes: list[subprocess.Popen], folder: Path, names: list[str]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        # Asked for first: a child may write its file and end between the two questions.
-        ended = [p.poll() for p in processes]
-        missing = [n for n in names if not (folder / n).exists()]
-        if not missing:
-            return
-        for i, code in enumerate(ended):
-            if code is not None and (code or f"{i}.json" in missing):
-                raise Failed(f"replica {i} ended with {code}:\n{_tail(folder / f'{i}.log')}")
-        if time.monotonic() > deadline:
-            raise Failed(f"no {missing[0]} within {START_SECONDS} s")
-        time.sleep(0.02)
+        everywhere(offline.load, ({**job, "index": i} for i in itertools.count()))
+        results: list[dict] = [{} for _ in children]
+        for batch in job["batches"]:
+            everywhere(offline.warm_up, itertools.repeat(batch))
+            parts = everywhere(offline.measure, itertools.repeat(batch))
+            for result, part in zip(results, parts, strict=True):
+                result[batch] = part
+        return results, memory.stop()
 
 
 class Server:

@@ -11,7 +11,7 @@ import pytest
 from scripted_llm import ScriptedLLM, lines
 
 from proxy_vllm.batch.file_job import FileJob
-from proxy_vllm.batch.jsonl import IdSet, ResultFile, read_jsonl
+from proxy_vllm.batch.jsonl import ResultFile, read_jsonl
 from proxy_vllm.errors import UserError
 
 
@@ -50,16 +50,6 @@ def test_an_endless_line_is_refused_in_bounded_memory(tmp_path, monkeypatch):
     with path.open("rb") as stream:
         (first, second) = read_jsonl(stream)
     assert "longer than 1 MiB" in str(first[1]) and second == (2, {"prompt": "a"})
-
-
-def test_id_set_against_a_plain_set():
-    rng = random.Random(1)
-    ids, plain = IdSet(), set()
-    for _ in range(5000):
-        value = rng.choice([rng.randint(-600, 600), str(rng.randint(0, 300)), rng.getrandbits(80)])
-        assert (value in ids) == (value in plain)
-        assert ids.add(value) == (value not in plain)
-        plain.add(value)
 
 
 def write_lines(path, items):

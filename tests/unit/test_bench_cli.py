@@ -7,7 +7,8 @@ import socket
 
 import pytest
 from tiny_models import make_model
-from vllm.benchmarks import latency, serve, throughput
+from vllm.benchmarks import serve
+from vllm.entrypoints.cli.benchmark import latency, throughput
 
 from proxy_vllm.cli.main import main
 

@@ -1,10 +1,12 @@
 """Arguments of a plain engine become those of a proxy-tuned one, or are refused by name."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from proxy_vllm import ProxyConfig
 from proxy_vllm.config import CONFIG_KEY
-from proxy_vllm.engine_args import apply_to_engine_args
+from proxy_vllm.engine_args import apply_to_engine_args, cpu_kv_cache
 from proxy_vllm.errors import UserError
 
 MEMBERS = {"expert": "e", "antiexpert": "a"}
@@ -67,3 +69,27 @@ def test_the_fused_head_is_refused_on_the_runner_that_has_none():
     proxy = ProxyConfig(**MEMBERS, fused_head_max_batch=4)
     with pytest.raises(UserError, match="--fused-head-max-batch needs Model Runner V2"):
         apply_to_engine_args({"model": "b"}, proxy)
+
+
+@pytest.mark.parametrize(
+    "sizes, engines, ranks",
+    [
+        ({}, 1, 1),
+        ({"tensor_parallel_size": 2}, 1, 2),
+        ({"pipeline_parallel_size": 2, "data_parallel_size": None}, 2, 4),
+        ({"pipeline_parallel_size": 2, "data_parallel_size": 3}, 1, 6),
+    ],
+)
+def test_a_cpus_memory_is_shared_among_all_ranks_of_all_engines(monkeypatch, sizes, engines, ranks):
+    """One rule for an engine alone and for replicas on Ray: they once differed by a factor of 2."""
+    import psutil
+
+    available = 8 << 30
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert cpu_kv_cache(sizes, engines) == {"kv_cache_memory_bytes": available // 4 // ranks}
+    if engines == 1:
+        out = apply_to_engine_args({"model": "m", **sizes}, ProxyConfig(**MEMBERS))
+        assert out["kv_cache_memory_bytes"] == available // 4 // ranks
+    assert cpu_kv_cache({**sizes, "kv_cache_memory_bytes": 5}, engines) == {}
+    assert cpu_kv_cache({**sizes, "gpu_memory_utilization": 0.5}, engines) == {}
