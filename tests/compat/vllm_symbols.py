@@ -285,6 +285,10 @@ CALLS: dict[str, dict[str, str]] = {
 # Our class -> vLLM's methods that it overrides. Each must still be there, and be called as ours is.
 OVERRIDES: dict[str, str] = {
     "proxy_vllm.cli.bench:BenchSubcommand": "cmd subparser_init",
+    "proxy_vllm.cli.bench:_Offline": "add_cli_args",
+    "proxy_vllm.cli.bench:Latency": "cmd",
+    "proxy_vllm.cli.bench:Throughput": "cmd",
+    "proxy_vllm.cli.bench:Serve": "add_cli_args cmd",
     "proxy_vllm.cli.demo:DemoSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.generate:GenerateSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.serve:ProxyServeSubcommand": "cmd subparser_init",
