@@ -222,7 +222,7 @@ def test_middlewares_of_the_command_line_see_every_request():
     assert "app.add_middleware" in calls(init_entrypoints_middleware)
 
 
-@pytest.mark.parametrize("kind", ["latency", "throughput", "serve"])
+@pytest.mark.parametrize("kind", ["Latency", "Throughput", "Serve"])
 def test_options_of_the_benchmarks(kind):
     """Options that cli/bench.py reads."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -230,12 +230,12 @@ def test_options_of_the_benchmarks(kind):
     from proxy_vllm.cli import bench
 
     parser = FlexibleArgumentParser()
-    bench._fill(kind, parser)
+    getattr(bench, kind).add_cli_args(parser)
     options = {action.dest for action in parser._actions}
     needed = {
-        "latency": "output_json input_len output_len max_model_len model",
-        "throughput": "output_json backend model",
-        "serve": "extra_body metadata num_prompts model save_result save_detailed",
+        "Latency": "output_json input_len output_len max_model_len model",
+        "Throughput": "output_json backend model",
+        "Serve": "extra_body metadata num_prompts model save_result save_detailed",
     }
     missing = set(needed[kind].split()) - options
     assert not missing, f"vllm.benchmarks.{kind} has no {missing}, which cli/bench.py reads"
