@@ -32,12 +32,13 @@ def cpu_runner() -> str:
 def prepare_process() -> None:
     """Make this process, and those it will spawn, fit for the runner asked for.
 
-    Runs when ``proxy_vllm`` is imported, and does nothing unless ``PROXY_VLLM_CPU_RUNNER=v2``.
+    Runs when ``proxy_vllm`` is imported, and does nothing unless ``PROXY_VLLM_CPU_RUNNER=v2``. A
+    value that is not known is refused where an engine is made: imports should not fail.
 
     Raises:
         UserError: Triton was imported before ``proxy_vllm``, too early for the mode.
     """
-    if cpu_runner() != "v2":
+    if os.environ.get(CPU_RUNNER, "").strip().lower() != "v2":
         return
     site = str(_INTERPRETER_SITE)
     if site not in sys.path:

@@ -1,22 +1,18 @@
 """Checks of a trio before any engine process starts: one clear line instead of a worker's trace."""
 
-import json
-from collections.abc import Callable
+import os
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from proxy_vllm.checks.folders import check_folder, check_weights, is_folder_name, reading
+from proxy_vllm.checks.hub import check_hub
 from proxy_vllm.config import ROLES, ProxyConfig
-from proxy_vllm.errors import UserError, one_line
+from proxy_vllm.errors import UserError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
-
-T = TypeVar("T")
-
-# Load formats that read weight files from the model's folder, and what they look for there.
-_FILE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "mistral", "npcache", "pt")
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 
 # Methods of speculation that need the target's tokens alone.
 _DRAFTS_FROM_TOKENS = ("draft_model", "ngram", "suffix")
@@ -33,30 +29,6 @@ _REFUSED = {
     "runner": "",
     "convert": "",
 }
-
-
-def _reading(role: str, name: str, read: Callable[[], T]) -> T:
-    """Run ``read``; turn whatever it raises into one line that names the member."""
-    local = Path(name)
-    if local.is_absolute() or name.startswith((".", "~")) or local.exists():
-        if not local.exists():
-            raise UserError(f"{role} {name!r}: no such folder")
-        if local.is_file():
-            raise UserError(
-                f"{role} {name!r} is a file: name the model's folder, with config.json and weights"
-                " in safetensors or PyTorch's format (GGUF has to be converted)"
-            )
-        if local.is_dir() and not (local / "config.json").exists():
-            raise UserError(f"{role} {name!r}: the folder holds no config.json")
-    try:
-        return read()
-    except UserError:
-        raise
-    except Exception as error:
-        reason = one_line(error)
-        if len(reason) > 400:
-            reason = reason[:400] + " ..."
-        raise UserError(f"{role} {name!r} cannot be used: {reason}") from error
 
 
 def validate_trio(
@@ -90,6 +62,9 @@ def validate_trio(
     check_speculation(kwargs.get("speculative_config"))
     load_format = str(kwargs.get("load_format") or "auto")
     check_load_format(load_format)
+    check_parsers(kwargs)
+    check_places(kwargs, proxy)
+    warn_of_no_steering(proxy)
     configs = member_configs(kwargs, proxy)
     for role, config in configs.items():
         check_architecture(role, config)
@@ -113,12 +88,12 @@ def member_configs(kwargs: dict[str, Any], proxy: ProxyConfig) -> "dict[str, Mod
     known = EngineArgs.__dataclass_fields__
     plain = {k: v for k, v in kwargs.items() if k in known and k != "max_model_len"}
     configs = {
-        "base": _reading(
+        "base": reading(
             "base", str(kwargs["model"]), lambda: EngineArgs(**plain).create_model_config()
         )
     }
     for role in ROLES[1:]:
-        configs[role] = _reading(
+        configs[role] = reading(
             role,
             getattr(proxy, role),
             partial(member_model_config, role, proxy, configs["base"]),
@@ -160,47 +135,53 @@ def check_load_format(load_format: str) -> None:
         )
 
 
-def check_weights(role: str, folder: str, load_format: str) -> None:
-    """Refuse a local model folder whose weights are missing or cut short.
+def check_places(kwargs: dict[str, Any], proxy: ProxyConfig) -> None:
+    """Refuse members that are no model's folder, or that the hub does not give."""
+    places = {"base": (str(kwargs["model"]), kwargs)}
+    for role in ROLES[1:]:
+        args = {"hf_token": kwargs.get("hf_token"), **proxy.member_args(role)}
+        places[role] = (getattr(proxy, role), args)
+    for role, (name, args) in places.items():
+        if args.get("hf_config_path"):  # the configuration lies elsewhere
+            continue
+        if is_folder_name(name):
+            check_folder(role, Path(name))
+        else:
+            check_hub(role, name, args.get("revision"), args.get("hf_token"))
 
-    vLLM finds that out in a worker, after minutes for a large base. Folders of other load formats
-    and models of the hub are left to vLLM.
-    """
-    root = Path(folder)
-    if load_format not in _FILE_FORMATS or not root.is_dir():
-        return
-    found = [file for pattern in _WEIGHT_FILES for file in root.glob(pattern)]
-    index = root / "model.safetensors.index.json"
-    if index.exists() and not any(root.glob("consolidated*.safetensors")):
-        shards = _reading(
-            role, folder, lambda: set(json.loads(index.read_text())["weight_map"].values())
+
+def warn_of_no_steering(proxy: ProxyConfig) -> None:
+    """Say that nothing is steered where expert and antiexpert are one model."""
+    from vllm.logger import init_logger
+
+    members = (proxy.expert, proxy.antiexpert)
+    names = [os.path.realpath(name) if os.path.exists(name) else name for name in members]
+    if names[0] == names[1] and proxy.expert_args == proxy.antiexpert_args:
+        init_logger(f"vllm.{__name__}").warning(
+            "expert and antiexpert are the same model %r: their difference is zero, and every"
+            " answer is the base's own, at any alpha",
+            proxy.expert,
         )
-        if missing := sorted(shards - {file.name for file in found}):
+
+
+def check_parsers(kwargs: dict[str, Any]) -> None:
+    """Refuse names of parsers that vLLM does not know; plugins may bring more."""
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    for option, known in (
+        ("tool_call_parser", ToolParserManager.list_registered),
+        ("reasoning_parser", ReasoningParserManager.list_registered),
+    ):
+        name = kwargs.get(option)
+        plugin = kwargs.get(option.replace("_call", "") + "_plugin")
+        if name and not plugin and name not in known():
+            near = get_close_matches(name, known(), n=3, cutoff=0.0)
+            flag = "--" + option.replace("_", "-")
             raise UserError(
-                f"{role} {folder!r}: {len(missing)} of {len(shards)} weight files are missing,"
-                f" first {missing[0]}: complete the download"
+                f"{flag} {name} is not known to vLLM: {', '.join(near)} come nearest"
+                f" (`proxy-vllm serve --help={option.replace('_', '-')}` lists all)"
             )
-    if not found:
-        raise UserError(
-            f"{role} {folder!r}: the folder holds no weights ({', '.join(_WEIGHT_FILES)})"
-        )
-    for file in found:
-        if file.suffix == ".safetensors" and not _is_whole_safetensors(file):
-            raise UserError(
-                f"{role} {folder!r}: {file.name} is cut short or no safetensors file:"
-                " download it again (a Git LFS pointer wants `git lfs pull`)"
-            )
-
-
-def _is_whole_safetensors(file: Path) -> bool:
-    """Whether a file is as long as its header says."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np"):
-            return True
-    except SafetensorError:
-        return False
 
 
 def check_speculation(speculative_config: Any) -> None:
@@ -267,7 +248,7 @@ def check_tokenizers(configs: "dict[str, ModelConfig]") -> None:
 
     vocabularies = {}
     for role, config in configs.items():
-        tokenizer = _reading(
+        tokenizer = reading(
             f"tokenizer of the {role}",
             config.tokenizer,
             partial(cached_tokenizer_from_config, config),

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import sys
 from importlib import import_module
 
@@ -16,6 +17,9 @@ SUBCOMMANDS = {
     "plan": "tell memory, speed and slowdown of a trio before any download",
     "demo": "run the embedded trio against its three baselines",
 }
+
+# What a shell shows of a command whose reader has closed the pipe: 128 + SIGPIPE.
+_CLOSED_PIPE = 141
 
 
 def _usage() -> str:
@@ -47,9 +51,12 @@ def main(argv: list[str] | None = None) -> None:
         _fail(f"no command {argv[0]!r}; there are {', '.join(SUBCOMMANDS)}")
     try:
         _run(argv)
+        sys.stdout.flush()
     except UserError as error:
         _fail(str(error))
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            sys.exit(_CLOSED_PIPE)
         reason = _refusal(error)
         if reason is None or os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG":
             raise
@@ -90,6 +97,17 @@ def _refusal(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and str(error).startswith("Engine core init"):
         return "the engine did not start: its last messages above name the cause"
     return None
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more, as after `| head`; then write nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    # Python would write what is left when it ends, and complain of that too.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _fail(message: str) -> None:

@@ -9,7 +9,7 @@ from vllm.entrypoints.cli.types import CLISubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from proxy_vllm.cli.arguments import add_proxy_arguments, apply_to_namespace
-from proxy_vllm.errors import UserError
+from proxy_vllm.errors import UserError, one_line
 
 # How long requests may go on after SIGTERM (--shutdown-timeout).
 DRAIN_SECONDS = 60
@@ -30,6 +30,12 @@ class ProxyServeSubcommand(ServeSubcommand):
             if error.errno != errno.EADDRINUSE:
                 raise
             raise UserError(f"--port {args.port} is in use: name another") from error
+
+    def validate(self, args: argparse.Namespace) -> None:
+        try:
+            super().validate(args)
+        except TypeError as error:  # options that need another one
+            raise UserError(one_line(error).removeprefix("Error: ")) from error
 
     def subparser_init(self, subparsers: argparse._SubParsersAction) -> FlexibleArgumentParser:
         parser = super().subparser_init(subparsers)

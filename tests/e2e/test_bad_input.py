@@ -2,10 +2,14 @@
 
 import errno
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from tiny_models import make_model, save_tokenizer
 
@@ -80,6 +84,24 @@ def folders(tmp_path_factory) -> dict[str, str]:
     made["lost shard"] = make_model(root / "lost", **SMALL)
     shards = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (root / "lost/model.safetensors.index.json").write_text(json.dumps(shards))
+    made["lost PyTorch shard"] = make_model(root / "lost_bin", **SMALL)
+    (root / "lost_bin/model.safetensors").unlink()
+    torch.save({"a": torch.zeros(1)}, root / "lost_bin/pytorch_model-1.bin")
+    shards = {"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}
+    (root / "lost_bin/pytorch_model.bin.index.json").write_text(json.dumps(shards))
+    made["cut PyTorch file"] = make_model(root / "cut_bin", **SMALL)
+    (root / "cut_bin/model.safetensors").unlink()
+    whole = (root / "lost_bin/pytorch_model-1.bin").read_bytes()
+    (root / "cut_bin/pytorch_model.bin").write_bytes(whole[:-100])
+    made["adapter"] = str(root / "adapter")
+    (root / "adapter").mkdir()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2.5-1.5B"}
+    (root / "adapter/adapter_config.json").write_text(json.dumps(adapter))
+    made["gguf"] = str(root / "gguf")
+    (root / "gguf").mkdir()
+    (root / "gguf/model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    made["folder of checkpoints"] = str(root / "run")
+    make_model(root / "run/checkpoint-50", **SMALL)
     made["odd architecture"] = make_model(root / "odd", **SMALL)
     config = json.loads((root / "odd/config.json").read_text())
     config["architectures"] = ["LlamaForFortuneTelling"]
@@ -126,6 +148,38 @@ CASES = {
     "weights cut short": ({"expert": "cut weights"}, [], ["expert", "model.safetensors", "short"]),
     "Git LFS pointer": ({"expert": "Git LFS pointer"}, [], ["expert", "git lfs pull"]),
     "lost shard": ({"base": "lost shard"}, [], ["base", "1 of 2", "model-2.safetensors"]),
+    "lost PyTorch shard": (
+        {"base": "lost PyTorch shard"},
+        [],
+        ["base", "1 of 2", "pytorch_model-2.bin"],
+    ),
+    "cut PyTorch file": ({"expert": "cut PyTorch file"}, [], ["pytorch_model.bin is cut short"]),
+    "LoRA adapter": (
+        {"expert": "adapter"},
+        [],
+        ["expert", "LoRA adapter of 'Qwen/Qwen2.5-1.5B'", "merge_and_unload"],
+    ),
+    "GGUF": ({"antiexpert": "gguf"}, [], ["antiexpert", "GGUF", "safetensors"]),
+    "a folder too high": (
+        {"expert": "folder of checkpoints"},
+        [],
+        ["no config.json, but one in", "run/checkpoint-50'"],
+    ),
+    "tools without a parser": (
+        {},
+        ["--enable-auto-tool-choice"],
+        ["--enable-auto-tool-choice requires --tool-call-parser"],
+    ),
+    "unknown tool parser": (
+        {},
+        ["--enable-auto-tool-choice", "--tool-call-parser", "hermis"],
+        ["--tool-call-parser hermis", "hermes", "--help=tool-call-parser"],
+    ),
+    "unknown reasoning parser": (
+        {},
+        ["--reasoning-parser", "qwen33"],
+        ["--reasoning-parser qwen33", "qwen3", "--help=reasoning-parser"],
+    ),
     "no tokenizer": ({"expert": "no tokenizer"}, [], ["tokenizer", "expert", "no_tokenizer"]),
     "unknown architecture": (
         {"antiexpert": "odd architecture"},
@@ -284,6 +338,53 @@ def test_wrong_vllm_version(folders, capfd, monkeypatch):
     line = refused(argv(folders, {}, []), capfd)
     for part in ("0.31.1+cpu", "0.32.0", "pip install"):
         assert part in line
+
+
+def test_one_model_as_expert_and_antiexpert_is_said(folders, capfd):
+    """It is a way to the base alone, so it runs, but not in silence."""
+    import logging
+
+    from proxy_vllm.config import ProxyConfig
+    from proxy_vllm.validate import warn_of_no_steering
+
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger = logging.getLogger("vllm.proxy_vllm.validate")
+    logger.addHandler(handler)
+    try:
+        warn_of_no_steering(ProxyConfig(folders["expert"], folders["antiexpert"]))
+        assert not told
+        same = folders["expert"] + "/../expert"
+        warn_of_no_steering(ProxyConfig(folders["expert"], same))
+        assert len(told) == 1 and "the same model" in told[0]
+        other = {"revision": "other"}
+        warn_of_no_steering(ProxyConfig(folders["expert"], folders["expert"], expert_args=other))
+        assert len(told) == 1
+    finally:
+        logger.removeHandler(handler)
+
+
+PLAN = [sys.executable, "-m", "proxy_vllm.cli.main", "plan"]
+
+
+def test_plan_needs_no_known_runner(folders):
+    env = {**os.environ, "PROXY_VLLM_CPU_RUNNER": "foo"}
+    arguments = [folders["base"], "--expert", folders["expert"], "--antiexpert", folders["expert"]]
+    arguments += ["--gpu", "h200"]
+    done = subprocess.run([*PLAN, *arguments], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_reader_that_stops_reading_is_no_error(folders):
+    arguments = [folders["base"], "--expert", folders["expert"], "--antiexpert", folders["expert"]]
+    arguments += ["--gpu", "h200"]
+    process = subprocess.Popen(
+        [*PLAN, *arguments, "--json", "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()  # before anything is written
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 141
 
 
 def test_unknown_runner(folders, capfd, monkeypatch):

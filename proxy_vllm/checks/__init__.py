@@ -1,0 +1,1 @@
+"""Checks of one member before anything is loaded: its hub entry, its folder, its tokenizer."""
