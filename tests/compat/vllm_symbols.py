@@ -291,7 +291,7 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.cli.bench:Serve": "add_cli_args cmd",
     "proxy_vllm.cli.demo:DemoSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.generate:GenerateSubcommand": "cmd subparser_init",
-    "proxy_vllm.cli.serve:ProxyServeSubcommand": "cmd subparser_init",
+    "proxy_vllm.cli.serve:ProxyServeSubcommand": "cmd subparser_init validate",
     "proxy_vllm.worker.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync"
     " _model_forward _sample load_model warming_up_model",
     "proxy_vllm.worker.cpu_worker:ProxyCPUWorker": "_make_model_runner init_device",
