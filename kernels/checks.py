@@ -38,13 +38,12 @@ def check_logits(
 def check_vector(
     name: str,
     tensor: torch.Tensor | None,
-    dtypes: tuple[torch.dtype, ...],
+    dtype: torch.dtype,
     device: torch.device,
-    min_size: int | None = None,
-    size: int | None = None,
+    size: int,
     optional: bool = False,
 ) -> None:
-    """Raises ValueError naming `name` unless it is a contiguous vector of one of `dtypes`."""
+    """Raises ValueError naming `name` unless it is a contiguous vector of `size` entries."""
     if tensor is None:
         if not optional:
             _fail(name, "is required")
@@ -53,44 +52,11 @@ def check_vector(
         _fail(name, f"expected a tensor, got {type(tensor).__name__}")
     if tensor.dim() != 1:
         _fail(name, f"expected one dimension, got shape {list(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        _fail(name, f"expected {wanted}, got {tensor.dtype}")
+    if tensor.dtype != dtype:
+        _fail(name, f"expected {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
     if tensor.device != device:
         _fail(name, f"is on {tensor.device} where base is on {device}")
     if tensor.shape[0] > 1 and tensor.stride(0) != 1:
         _fail(name, f"must be contiguous, got stride {tensor.stride(0)}")
-    if size is not None and tensor.shape[0] != size:
+    if tensor.shape[0] != size:
         _fail(name, f"expected {size} entries, got {tensor.shape[0]}")
-    if min_size is not None and tensor.shape[0] < min_size:
-        _fail(name, f"expected at least {min_size} entries, got {tensor.shape[0]}")
-
-
-def check_request_state(
-    num_rows: int,
-    device: torch.device,
-    row_to_request: torch.Tensor | None,
-    alpha: torch.Tensor | None,
-    temperature: torch.Tensor | None = None,
-    seeds: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    top_k: torch.Tensor | None = None,
-    top_p: torch.Tensor | None = None,
-    min_p: torch.Tensor | None = None,
-    sampling: bool = False,
-) -> None:
-    """Per-slot vectors hold one entry a request slot; `positions` one a batch row."""
-    integers = (torch.int32, torch.int64)
-    check_vector("row_to_request", row_to_request, integers, device, size=num_rows, optional=True)
-    # With a map the largest slot is known to the device alone.
-    slots = num_rows if row_to_request is None else min(num_rows, 1)
-    float32 = (torch.float32,)
-    check_vector("alpha", alpha, float32, device, min_size=slots)
-    if not sampling:
-        return
-    check_vector("temperature", temperature, float32, device, min_size=slots)
-    check_vector("seeds", seeds, (torch.int64,), device, min_size=slots)
-    check_vector("positions", positions, integers, device, size=num_rows)
-    check_vector("top_k", top_k, integers, device, min_size=slots, optional=True)
-    check_vector("top_p", top_p, float32, device, min_size=slots, optional=True)
-    check_vector("min_p", min_p, float32, device, min_size=slots, optional=True)

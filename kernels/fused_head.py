@@ -16,8 +16,9 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.sample.gumbel import _log1p_neg_stable, murmur3_uniform32
 
-from proxy_vllm.kernels.checks import LOGIT_DTYPES, check_request_state
-from proxy_vllm.kernels.tiles import winner_kernel
+from proxy_vllm.kernels.checks import LOGIT_DTYPES
+from proxy_vllm.kernels.combine_sample import winner_of_tiles
+from proxy_vllm.kernels.row_parameters import RowParameters
 from proxy_vllm.kernels.triton_functions import INTERPRETED, require_triton
 
 MEMBERS = ("base", "expert", "antiexpert")
@@ -65,7 +66,7 @@ def _head_tile(
     return logits * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def head_kernel(
     base_hidden_ptr,  # [B, d_base]
     base_hidden_stride,
@@ -91,10 +92,9 @@ def head_kernel(
     best_score_ptr,  # [B, num_tiles] float32
     best_token_ptr,  # [B, num_tiles] int32
     alpha_ptr,
+    temperature_ptr,
     seeds_ptr,
     positions_ptr,
-    row_to_request_ptr,
-    temperature_ptr,
     num_rows,
     num_cols,
     num_shared,
@@ -111,13 +111,8 @@ def head_kernel(
     tile = tl.program_id(1)
     cols = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     real = rows < num_rows
-    if row_to_request_ptr is not None:
-        slots = tl.load(row_to_request_ptr + rows, mask=real, other=-1).to(tl.int64)
-    else:
-        slots = tl.where(real, rows, -1).to(tl.int64)
-    valid = slots >= 0
-    alpha = tl.load(alpha_ptr + slots, mask=valid, other=0.0)
-    temperature = tl.load(temperature_ptr + slots, mask=valid, other=0.0)
+    alpha = tl.load(alpha_ptr + rows, mask=real, other=0.0)
+    temperature = tl.load(temperature_ptr + rows, mask=real, other=0.0)
     logits = _head_tile(
         base_hidden_ptr, base_hidden_stride, base_weight_ptr, base_weight_stride, rows, num_rows,
         cols, num_cols, base_size, base_cap, base_scale, BLOCK_B, BLOCK_V, BLOCK_K, BASE_CAP,
@@ -141,7 +136,7 @@ def head_kernel(
     logits = tl.where((cols < num_cols)[:, None] & (logits == logits), logits, float("-inf"))
     drawn = (temperature != 0.0)[None, :]
     if tl.max(temperature, axis=0) > 0.0:
-        seeds = tl.load(seeds_ptr + slots, mask=valid, other=0)
+        seeds = tl.load(seeds_ptr + rows, mask=real, other=0)
         positions = tl.load(positions_ptr + rows, mask=real, other=0)
         keys = (cols + vocab_start)[:, None]
         u = murmur3_uniform32(seeds[None, :], positions[None, :], keys)
@@ -190,12 +185,8 @@ def supports(
 def fused_head_sample(
     hidden: Sequence[torch.Tensor],  # 3 x [B, d_m]: base, expert, antiexpert
     weights: Sequence[torch.Tensor],  # 3 x [V_m, d_m]
-    alpha: torch.Tensor,  # [slots] float32
-    temperature: torch.Tensor,  # [slots] float32
-    seeds: torch.Tensor,  # [slots] int64
-    positions: torch.Tensor,  # [B] int64
+    rows: RowParameters,
     *,
-    row_to_request: torch.Tensor | None = None,  # [B] int32
     soft_caps: Sequence[float | None] = (None, None, None),
     scales: Sequence[float] = (1.0, 1.0, 1.0),
     vocab_start: int = 0,
@@ -209,18 +200,16 @@ def fused_head_sample(
     TF32. `vocab_start` is the token of row 0 of the weights, for shards: merge scores with
     `sharded.merge_shards`. Either both small members have a soft cap or neither.
 
-    Raises ValueError naming the argument with a wrong shape, dtype, device or stride.
+    Raises ValueError naming the argument with a wrong shape, dtype, device or stride, or a filter.
     """
     _check(hidden, weights, soft_caps)
     base = hidden[0]
     num_rows = base.shape[0]
-    check_request_state(
-        num_rows, base.device, row_to_request, alpha, temperature, seeds, positions, sampling=True
-    )
-    tokens = base.new_empty(num_rows, dtype=torch.int64)
-    scores = base.new_empty(num_rows, dtype=torch.float32)
+    rows.check(num_rows, base.device)
+    if rows.filtered:
+        raise ValueError("rows: the fused head knows no top_k, top_p or min_p")
     if num_rows == 0:
-        return tokens, scores
+        return base.new_empty(0, dtype=torch.int64), base.new_empty(0, dtype=torch.float32)
     require_triton(base, "hidden")
     num_cols = weights[0].shape[0]
     # Three accumulators must fit: 64 rows spill in float32, and with 4 warps in any dtype.
@@ -231,22 +220,26 @@ def fused_head_sample(
     num_tiles = triton.cdiv(num_cols, block_v)
     best_score = base.new_empty((num_rows, num_tiles), dtype=torch.float32)
     best_token = base.new_empty((num_rows, num_tiles), dtype=torch.int32)
-    members: list[Any] = []
-    for h, w, cap, scale in zip(hidden, weights, soft_caps, scales):
-        members += [h, h.stride(0), w, w.stride(0), h.shape[1], float(cap or 1.0), float(scale)]
+    members: dict[str, Any] = {}
+    for name, h, w, cap, scale in zip(MEMBERS, hidden, weights, soft_caps, scales):
+        members |= {
+            f"{name}_hidden_ptr": h,
+            f"{name}_hidden_stride": h.stride(0),
+            f"{name}_weight_ptr": w,
+            f"{name}_weight_stride": w.stride(0),
+            f"{name}_size": h.shape[1],
+            f"{name}_cap": float(cap or 1.0),
+            f"{name}_scale": float(scale),
+        }
     head_kernel[(triton.cdiv(num_rows, block_b), num_tiles)](
-        *members,
-        best_score,
-        best_token,
-        alpha,
-        seeds,
-        positions,
-        row_to_request,
-        temperature,
-        num_rows,
-        num_cols,
-        min(w.shape[0] for w in weights),
-        vocab_start,
+        **members,
+        best_score_ptr=best_score,
+        best_token_ptr=best_token,
+        **rows.pointers("alpha", "temperature", "seeds", "positions"),
+        num_rows=num_rows,
+        num_cols=num_cols,
+        num_shared=min(w.shape[0] for w in weights),
+        vocab_start=vocab_start,
         BLOCK_B=block_b,
         BLOCK_V=block_v,
         BLOCK_K=block_k,
@@ -256,34 +249,7 @@ def fused_head_sample(
         num_warps=4 if block_b == 16 else 8,
         num_stages=3,
     )
-    unused = (best_score, 0) * 3
-    winner_kernel[(num_rows,)](
-        *unused,
-        best_score,
-        best_token,
-        None,
-        None,
-        None,
-        tokens,
-        scores,
-        alpha,
-        seeds,
-        positions,
-        row_to_request,
-        temperature,
-        None,
-        None,
-        None,
-        num_cols,
-        num_cols,
-        vocab_start,
-        num_cols,
-        num_tiles,
-        TILE=block_v,
-        TILES=triton.next_power_of_2(num_tiles),
-        USE_FP64=False,
-    )
-    return tokens, scores
+    return winner_of_tiles(best_score, best_token, vocab_start)
 
 
 def _check(hidden, weights, soft_caps) -> None:

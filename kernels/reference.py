@@ -15,6 +15,8 @@ import math
 
 import torch
 
+from proxy_vllm.kernels.row_parameters import RowParameters
+
 _MASK32 = 0xFFFFFFFF
 
 
@@ -138,67 +140,49 @@ def gumbel_noise(seed: int, position: int | torch.Tensor, token_ids: torch.Tenso
     return -torch.log(-log1m)
 
 
+def kept(x: torch.Tensor, rows: RowParameters) -> torch.Tensor:  # [B, V] -> [B, V] bool
+    """kept_row of every row with its own filters; those that are None are off."""
+    top_k, top_p, min_p = rows.top_k, rows.top_p, rows.min_p
+    return torch.stack(
+        [
+            kept_row(
+                logits,
+                0 if top_k is None else int(top_k[row]),
+                1.0 if top_p is None else float(top_p[row]),
+                0.0 if min_p is None else float(min_p[row]),
+            )
+            for row, logits in enumerate(x)
+        ]
+    )
+
+
 def scores(
     base: torch.Tensor,
     expert: torch.Tensor,
     antiexpert: torch.Tensor,
-    alpha: torch.Tensor,
-    temperature: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
+    rows: RowParameters,
     *,
-    top_k: torch.Tensor | None = None,
-    top_p: torch.Tensor | None = None,
-    min_p: torch.Tensor | None = None,
-    row_to_request: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:  # [B, V]
     """What proxy_sample takes the argmax of: -inf where a filter drops the token."""
-    rows = torch.arange(base.shape[0], device=base.device)
-    slots = rows if row_to_request is None else row_to_request.long()
-    temp = temperature[slots]
-    x = scaled(combine(base, expert, antiexpert, alpha[slots], dtype), temp)
+    x = scaled(combine(base, expert, antiexpert, rows.alpha, dtype), rows.temperature)
     token_ids = torch.arange(x.shape[1], device=x.device)
     out = x.clone()
-    for row, slot in enumerate(slots.tolist()):
-        if temp[row] == 0:
-            continue
-        kept = kept_row(
-            x[row],
-            0 if top_k is None else int(top_k[slot]),
-            1.0 if top_p is None else float(top_p[slot]),
-            0.0 if min_p is None else float(min_p[slot]),
-        )
-        noise = gumbel_noise(int(seeds[slot]), int(positions[row]), token_ids).to(dtype)
-        out[row] = torch.where(kept, x[row] + noise, torch.full_like(noise, -torch.inf))
+    kept_tokens = kept(x, rows)
+    for row in (rows.temperature != 0).nonzero().flatten().tolist():
+        noise = gumbel_noise(int(rows.seeds[row]), int(rows.positions[row]), token_ids).to(dtype)
+        out[row] = torch.where(kept_tokens[row], x[row] + noise, torch.full_like(noise, -torch.inf))
     return out
-
-
-def sample(*args, **kwargs) -> torch.Tensor:
-    """Token ids [B] int64; the arguments of scores(). Lowest index on ties."""
-    return scores(*args, **kwargs).argmax(dim=-1)
 
 
 def probabilities(
     base: torch.Tensor,
     expert: torch.Tensor,
     antiexpert: torch.Tensor,
-    alpha: torch.Tensor,
-    temperature: torch.Tensor,
+    rows: RowParameters,
     *,
-    top_k: torch.Tensor | None = None,
-    top_p: torch.Tensor | None = None,
-    min_p: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:  # [B, V]
-    """Distribution that proxy_sample draws from; one row a request, temperature above 0."""
-    x = scaled(combine(base, expert, antiexpert, alpha, dtype), temperature)
-    for row in range(x.shape[0]):
-        kept = kept_row(
-            x[row],
-            0 if top_k is None else int(top_k[row]),
-            1.0 if top_p is None else float(top_p[row]),
-            0.0 if min_p is None else float(min_p[row]),
-        )
-        x[row] = torch.where(kept, x[row], torch.full_like(x[row], -torch.inf))
-    return torch.softmax(x, dim=-1)
+    """Distribution that proxy_sample draws from; every temperature above 0."""
+    x = scaled(combine(base, expert, antiexpert, rows.alpha, dtype), rows.temperature)
+    return torch.softmax(torch.where(kept(x, rows), x, -torch.inf), dim=-1)

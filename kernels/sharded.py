@@ -25,9 +25,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from proxy_vllm.kernels.checks import check_logits, check_request_state
+from proxy_vllm.kernels.checks import check_logits
 from proxy_vllm.kernels.combine_sample import SampleLaunch, proxy_combine, warps_for
-from proxy_vllm.kernels.select import MAX_VOCAB
+from proxy_vllm.kernels.row_parameters import RowParameters
+from proxy_vllm.kernels.threshold_kernels import MAX_VOCAB
 from proxy_vllm.kernels.thresholds import Measurement, ThresholdSearch
 from proxy_vllm.kernels.triton_functions import require_triton
 
@@ -98,17 +99,10 @@ class ShardedSampler:
         base: torch.Tensor,  # [B, n], this rank's columns
         expert: torch.Tensor,  # [B, n_e]
         antiexpert: torch.Tensor,  # [B, n_a]
-        alpha: torch.Tensor,
-        temperature: torch.Tensor,
-        seeds: torch.Tensor,
-        positions: torch.Tensor,
+        rows: RowParameters,
         *,
         vocab_start: int,
         vocab_size: int,
-        top_k: torch.Tensor | None = None,
-        top_p: torch.Tensor | None = None,
-        min_p: torch.Tensor | None = None,
-        row_to_request: torch.Tensor | None = None,
         use_fp64_gumbel: bool = False,
         tile: int | None = None,
     ) -> torch.Tensor:  # [B] int64, the same on every rank
@@ -116,7 +110,7 @@ class ShardedSampler:
 
         `vocab_start` is the first token of this rank's shard, `vocab_size` the columns of all
         shards; shards neither overlap nor leave a gap, and may be empty. Every rank must pass the
-        same optional arguments: they decide which collectives run.
+        same filters: they decide which collectives run.
         """
         if base.dim() == 2 and base.shape[1] == 0:
             base, expert, antiexpert = (_no_columns(t) for t in (base, expert, antiexpert))
@@ -124,19 +118,7 @@ class ShardedSampler:
             _no_columns(t) if t.shape[-1] == 0 else t for t in (expert, antiexpert)
         )
         check_logits(base, expert, antiexpert)
-        check_request_state(
-            base.shape[0],
-            base.device,
-            row_to_request,
-            alpha,
-            temperature,
-            seeds,
-            positions,
-            top_k,
-            top_p,
-            min_p,
-            sampling=True,
-        )
+        rows.check(base.shape[0], base.device)
         if not 0 < vocab_size <= MAX_VOCAB:
             raise ValueError(f"vocab_size: {vocab_size} is not within 1..{MAX_VOCAB}")
         if not 0 <= vocab_start <= vocab_size:
@@ -148,26 +130,19 @@ class ShardedSampler:
             base,
             expert,
             antiexpert,
-            alpha,
-            temperature,
-            seeds,
-            positions,
-            top_k,
-            top_p,
-            min_p,
-            row_to_request,
-            use_fp64_gumbel,
-            vocab_start,
-            vocab_size,
-            tile,
+            rows,
+            use_fp64_gumbel=use_fp64_gumbel,
+            vocab_start=vocab_start,
+            vocab_size=vocab_size,
+            tile=tile,
         )
         launch.combine()
         row_max = None
-        if launch.tile_max is not None:
+        if rows.filtered:
             row_max, row_min = self._extremes(launch)
-            if launch.filtered:
+            if launch.stages:
                 launch.draw_filtered(self._thresholds(launch, row_max, row_min))
-        tokens, scores = launch.winners(row_max, with_scores=True)
+        tokens, scores = launch.winners(row_max)
         return merge_ranks(self.exchange, scores, tokens)
 
     def _extremes(self, launch: SampleLaunch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,8 +150,8 @@ class ShardedSampler:
 
         Meaningless for rows without a filter: their tiles store none.
         """
-        largest = launch.tile_max.amax(dim=1)
-        smallest = largest if launch.tile_min is None else launch.tile_min.amin(dim=1)
+        assert launch.tile_max is not None and launch.tile_min is not None
+        largest, smallest = launch.tile_max.amax(dim=1), launch.tile_min.amin(dim=1)
         both = self.exchange.gather(torch.stack([largest, -smallest], dim=1)).amax(dim=0)
         return both[:, :1].contiguous(), -both[:, 1:]
 
@@ -184,21 +159,18 @@ class ShardedSampler:
         self, launch: SampleLaunch, row_max: torch.Tensor, row_min: torch.Tensor
     ) -> torch.Tensor:
         """Row states with the thresholds over all shards, as SampleLaunch.thresholds."""
-        _, _, top_k, top_p, _ = launch.filters
         state = None
-        for stage, parameter in (("count", top_k), ("mass", top_p)):
-            if parameter is None:
-                continue
+        for stage in launch.stages:
             search = ThresholdSearch(
                 launch.x,
                 stage,
                 state,
                 row_max,
                 row_min,
-                launch.filters,
-                launch.vocab_size,
-                launch.tile,
-                NUM_PIVOTS,
+                launch.rows,
+                vocab_size=launch.vocab_size,
+                tile=launch.tile,
+                num_pivots=NUM_PIVOTS,
                 by_key=True,
                 num_warps=warps_for(launch.tile),
             )
@@ -231,7 +203,6 @@ class ShardedSampler:
         *,
         vocab_start: int,
         vocab_size: int,
-        row_to_request: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Raw logprobs of the combined logits, from per-shard candidates and log-sum-exps.
 
@@ -244,7 +215,7 @@ class ShardedSampler:
         expert, antiexpert = (
             _no_columns(t) if t.shape[-1] == 0 else t for t in (expert, antiexpert)
         )
-        logits = proxy_combine(base, expert, antiexpert, alpha, row_to_request=row_to_request)
+        logits = proxy_combine(base, expert, antiexpert, alpha)
         num_cols = logits.shape[1]
         local = tokens - vocab_start
         mine = (local >= 0) & (local < num_cols)

@@ -1,11 +1,13 @@
-"""Launches of the threshold search of select.py."""
+"""Launches of the search for top-k and top-p thresholds (threshold_kernels.py)."""
 
 import torch
 from vllm.triton_utils import triton
 
-from proxy_vllm.kernels.select import STATE_FIELDS, finish_kernel, round_kernel
+from proxy_vllm.kernels.row_parameters import RowParameters
+from proxy_vllm.kernels.threshold_kernels import STATE_FIELDS, finish_kernel, round_kernel
 
-STAGES = ("count", "mass")  # top-k and top-p
+# In the order in which the filters apply; each stage starts from the threshold of the one before.
+STAGES = ("top_k", "top_p")
 
 Measurement = tuple[torch.Tensor, torch.Tensor]  # totals [B, parts, P] int64, ends [B, parts, 2]
 
@@ -16,11 +18,11 @@ class ThresholdSearch:
     Parameters
     ----------
     x: [B, V] float32, scaled logits of the rows that have a filter; one shard's columns of them.
-    stage: "count" searches the top-k threshold, "mass" that of top-p.
+    stage: the filter whose threshold is searched for.
     lower_state: [B, STATE_FIELDS] int64, result of the stage before; rows without this stage's
-        filter take over its threshold.
+        filter take over its threshold. None in the first stage: min-p's threshold.
     row_max, row_min: [B, parts] float32, largest and smallest finite logit of the row by parts.
-    parameters: row_to_request, temperature, top_k, top_p, min_p.
+    rows: with all three filters.
     vocab_size: columns of all shards.
     by_key: pivots evenly spaced in float bits, which bounds the number of rounds, instead of in
         value, which closes brackets faster on real logits.
@@ -33,7 +35,8 @@ class ThresholdSearch:
         lower_state: torch.Tensor | None,
         row_max: torch.Tensor,
         row_min: torch.Tensor,
-        parameters: tuple[torch.Tensor | None, ...],
+        rows: RowParameters,
+        *,
         vocab_size: int,
         tile: int,
         num_pivots: int,
@@ -42,24 +45,34 @@ class ThresholdSearch:
     ):
         if stage not in STAGES:
             raise ValueError(f"stage: expected one of {STAGES}, got {stage!r}")
-        self.x, self.lower_state, self.parameters = x, lower_state, parameters
+        self.x, self.lower_state, self.rows = x, lower_state, rows
         self.row_max, self.row_min = row_max, row_min
-        self.vocab_size = vocab_size
+        self.vocab_size, self.by_key = vocab_size, by_key
         self.num_rows, self.num_cols = x.shape
         self.num_tiles = triton.cdiv(self.num_cols, tile)
-        self.num_stats = row_max.shape[1]
-        self.constants = {
-            "MASS": stage == "mass",
-            "BY_KEY": by_key,
+        self.common = {
+            "x_ptr": x,
+            "x_stride": x.stride(0),
+            "row_max_ptr": row_max,
+            "num_cols": self.num_cols,
+            "num_stats": row_max.shape[1],
+            "MASS": stage == "top_p",
             "NUM_PIVOTS": num_pivots,
             "TILE": tile,
-            "STATS": triton.next_power_of_2(self.num_stats),
+            "STATS": triton.next_power_of_2(row_max.shape[1]),
             "num_warps": num_warps,
         }
-        rows, tiles = self.num_rows, self.num_tiles
-        self.state = x.new_empty((2, rows, STATE_FIELDS), dtype=torch.int64)
-        self.totals = x.new_empty((2, rows, tiles, num_pivots), dtype=torch.int64)
-        self.ends = x.new_empty((2, rows, tiles, 2))
+
+        def two(*shape: int, dtype: torch.dtype) -> list[torch.Tensor]:
+            # Two tensors, not halves of one: Triton compiles anew for an address that is not a
+            # multiple of 16 bytes, and whether the second half's is would depend on the batch.
+            return [x.new_empty((self.num_rows, *shape), dtype=dtype) for _ in range(2)]
+
+        # Each round reads what the round before wrote into the other of the two.
+        self.state = two(STATE_FIELDS, dtype=torch.int64)
+        self.pivots = two(num_pivots, dtype=torch.float32)
+        self.totals = two(self.num_tiles, num_pivots, dtype=torch.int64)
+        self.ends = two(self.num_tiles, 2, dtype=torch.float32)
         self.rounds = 0
 
     def round(self, measured: Measurement | None = None) -> Measurement:
@@ -68,30 +81,28 @@ class ThresholdSearch:
         What it returns covers this object's columns, by tile. The first round is given nothing.
         """
         new, old = self.rounds % 2, (self.rounds + 1) % 2
-        mine = (self.totals[old], self.ends[old])
-        totals, ends = mine if measured is None else measured
+        totals, ends = measured or (self.totals[old], self.ends[old])
         num_parts = totals.shape[1]
         round_kernel[(self.num_rows, self.num_tiles)](
-            self.x,
-            self.x.stride(0),
-            self.state[old],
-            totals,
-            ends,
-            *mine,
-            self.state[new],
-            self.totals[new],
-            self.ends[new],
-            self.lower_state,
-            self.row_max,
-            self.row_min,
-            *self.parameters,
-            self.num_cols,
-            self.vocab_size,
-            num_parts,
-            self.num_stats,
-            ROUND=min(self.rounds, 2),
+            lower_state_ptr=self.lower_state if self.rounds == 0 else None,
+            state_in_ptr=self.state[old],
+            pivots_in_ptr=self.pivots[old],
+            totals_in_ptr=totals,
+            ends_in_ptr=ends,
+            own_totals_ptr=self.totals[old],
+            own_ends_ptr=self.ends[old],
+            state_out_ptr=self.state[new],
+            pivots_out_ptr=self.pivots[new],
+            totals_out_ptr=self.totals[new],
+            ends_out_ptr=self.ends[new],
+            row_min_ptr=self.row_min,
+            **self.rows.pointers("temperature", "top_k", "top_p", "min_p"),
+            vocab_size=self.vocab_size,
+            num_parts=num_parts,
+            FIRST=self.rounds == 0,
+            BY_KEY=self.by_key,
             PARTS=triton.next_power_of_2(num_parts),
-            **self.constants,
+            **self.common,
         )
         self.rounds += 1
         return self.totals[new], self.ends[new]
@@ -102,29 +113,23 @@ class ThresholdSearch:
         With `search`, rows whose bracket is still open are searched on over this object's columns,
         which must then be the whole row and `measured` its own last round.
         """
-        state = self.state[(self.rounds + 1) % 2]
+        last = (self.rounds + 1) % 2
         totals, ends = measured
         num_parts = totals.shape[1]
         finish_kernel[(self.num_rows,)](
-            self.x,
-            self.x.stride(0),
-            state,
-            totals,
-            ends,
-            self.lower_state,
-            self.row_max,
-            *self.parameters,
-            self.num_cols,
-            self.num_tiles,
-            num_parts,
-            self.num_stats,
-            LAST_ROUND=min(self.rounds - 1, 1),
+            state_ptr=self.state[last],
+            pivots_ptr=self.pivots[last],
+            totals_ptr=totals,
+            ends_ptr=ends,
+            **self.rows.pointers("top_p"),
+            num_tiles=self.num_tiles,
+            num_parts=num_parts,
             SEARCH=search,
             TILES=triton.next_power_of_2(self.num_tiles),
             PARTS=triton.next_power_of_2(num_parts),
-            **self.constants,
+            **self.common,
         )
-        return state
+        return self.state[last]
 
 
 def find_thresholds(
@@ -133,7 +138,8 @@ def find_thresholds(
     lower_state: torch.Tensor | None,
     tile_max: torch.Tensor,  # [B, num_tiles]
     tile_min: torch.Tensor,
-    parameters: tuple[torch.Tensor | None, ...],
+    rows: RowParameters,
+    *,
     tile: int,
     num_pivots: int,
     num_rounds: int,
@@ -146,10 +152,10 @@ def find_thresholds(
         lower_state,
         tile_max,
         tile_min,
-        parameters,
-        x.shape[1],
-        tile,
-        num_pivots,
+        rows,
+        vocab_size=x.shape[1],
+        tile=tile,
+        num_pivots=num_pivots,
         num_warps=num_warps,
     )
     measured = None

@@ -19,7 +19,7 @@ __all__ = [
     "murmur3_hash32",
     "num_shared_columns",
     "require_triton",
-    "row_slot",
+    "row_filters",
     "unscaled_tile",
 ]
 
@@ -49,13 +49,15 @@ def require_triton(tensor: torch.Tensor, name: str = "base") -> None:
 
 
 @triton.jit
-def row_slot(row, row_to_request_ptr):
-    """Request slot of a batch row; negative for the padding rows of a captured batch."""
-    if row_to_request_ptr is not None:
-        slot = tl.load(row_to_request_ptr + row).to(tl.int64)
-    else:
-        slot = row.to(tl.int64)
-    return slot
+def row_filters(row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size):
+    """(temperature, top_k or 0, top_p or 1, min_p or 0); a greedy row has no filter."""
+    temperature = tl.load(temperature_ptr + row)
+    random = temperature != 0.0
+    top_k = tl.load(top_k_ptr + row, mask=random, other=0)
+    top_k = tl.where((top_k > 0) & (top_k < vocab_size), top_k, 0)
+    top_p = tl.load(top_p_ptr + row, mask=random, other=1.0)
+    min_p = tl.load(min_p_ptr + row, mask=random, other=0.0)
+    return temperature, top_k, top_p, min_p
 
 
 @triton.jit

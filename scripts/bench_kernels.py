@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,9 +66,11 @@ def make_logits(rows, vocab, dtype, device, flat=False):
     return tuple(tensor.to(dtype) for tensor in (base, small + shift, small))
 
 
-def make_state(kind, rows, vocab, device):
-    """Per-row parameters of one kind of batch, as SamplerInputs' keyword arguments."""
+def make_rows(kind, rows, vocab, device):
+    """Per-row parameters of one kind of batch."""
     import torch
+
+    from proxy_vllm.kernels.row_parameters import FILTERS, RowParameters
 
     index = torch.arange(rows, device=device)
     temperature = torch.full((rows,), 0.8, device=device)
@@ -87,15 +90,17 @@ def make_state(kind, rows, vocab, device):
         min_p[turn == 2] = 0.05
         top_p[(turn == 3) | (turn == 5)] = 0.9
         top_k[turn >= 4] = few
-    return {
-        "alpha": torch.where(index % 2 == 0, 1.0, 0.5),
-        "temperature": temperature,
-        "seeds": index * 7919 + 11,
-        "positions": index + 100,
-        "top_k": top_k if kind in ("top-k+top-p", "mixed") else None,
-        "top_p": top_p if kind in ("top-p", "top-k+top-p", "mixed") else None,
-        "min_p": min_p if kind == "mixed" else None,
-    }
+    # As the engine has them: all three filters or none, and which of them some row uses.
+    used = {"top-p": {"top_p"}, "top-k+top-p": {"top_k", "top_p"}, "mixed": set(FILTERS)}
+    filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p} if kind in used else {}
+    return RowParameters(
+        alpha=torch.where(index % 2 == 0, 1.0, 0.5),
+        temperature=temperature,
+        seeds=index * 7919 + 11,
+        positions=index + 100,
+        **filters,
+        used=frozenset(used.get(kind, ())),
+    )
 
 
 def wrong(provider, inputs, tokens) -> str | None:
@@ -117,27 +122,27 @@ def wrong(provider, inputs, tokens) -> str | None:
     else:
         pairs = zip(inputs.hidden, inputs.weights)
         logits = tuple(reference.head_logits(h[chosen], w, dtype=torch.float32) for h, w in pairs)
-    state = [tensor[chosen] for tensor in inputs.state()]
-    filters = {name: tensor[chosen] for name, tensor in inputs.filters().items()}
+    chosen_rows = inputs.rows.select(chosen)
+    filtered = chosen_rows.filtered
     # Heads that store bfloat16 logits move more of them over the edge.
     more_k, more_p = (5, 1e-3) if inputs.logits else (20, 2e-2)
-    wider = dict(filters)
-    if "top_k" in wider:
-        wider["top_k"] = wider["top_k"] + more_k
-    if "top_p" in wider:
-        wider["top_p"] = (wider["top_p"] + more_p).clamp(max=1)
+    wider = chosen_rows
+    if filtered:
+        wider = replace(
+            wider, top_k=wider.top_k + more_k, top_p=(wider.top_p + more_p).clamp(max=1)
+        )
     drawn = tokens[chosen, None]
     if tokens.min() < 0 or tokens.max() >= logits[0].shape[1]:
         return "a token is outside the vocabulary"
-    if (reference.scores(*logits, *state, **wider).gather(1, drawn) == -torch.inf).any():
+    if (reference.scores(*logits, wider).gather(1, drawn) == -torch.inf).any():
         return "a token is outside the kept set"
     if not provider.same_noise:
         return None
-    scores = reference.scores(*logits, *state, **filters)
+    scores = reference.scores(*logits, chosen_rows)
     # Heads that store bfloat16 logits round them, by how much depends on their size.
     rounded = provider.name == "heads+proxy" and inputs.hidden[0].dtype == torch.bfloat16
     close = scores.max(1).values - scores.gather(1, drawn)[:, 0] < (0.1 if rounded else 1e-3)
-    if close.float().mean() >= (0.9 if filters or rounded else 1.0):
+    if close.float().mean() >= (0.9 if filtered or rounded else 1.0):
         return None
     return f"{int((~close).sum())} of {rows} tokens differ"
 
@@ -255,7 +260,7 @@ def run(options, device: str) -> dict:
         }  # fmt: skip
         dtype = getattr(torch, dtype_name)
         late = time.monotonic() - started > options.budget_seconds
-        state = {} if late else make_state(kind, batch, vocab, device)
+        parameters = None if late else make_rows(kind, batch, vocab, device)
         if late:
             inputs, size = None, 0
         elif source == "heads":
@@ -265,13 +270,13 @@ def run(options, device: str) -> dict:
                 )
                 made_for = (vocab, dtype)
             hidden = tuple(torch.randn(batch, d, dtype=dtype, device=device) for d in sizes)
-            inputs = SamplerInputs(**state, hidden=hidden, weights=tensors)
+            inputs = SamplerInputs(parameters, hidden=hidden, weights=tensors)
             size = sum(t.numel() * t.element_size() for t in (*hidden, *tensors))
         else:
             if made_for != (vocab, batch, dtype, flat):
                 tensors = make_logits(batch, vocab, dtype, device, flat)
                 made_for = (vocab, batch, dtype, flat)
-            inputs = SamplerInputs(**state, logits=tensors)
+            inputs = SamplerInputs(parameters, logits=tensors)
             size = 3 * batch * vocab * dtype.itemsize
         for provider in PROVIDERS.values():
             if provider.source != source:

@@ -43,21 +43,21 @@ def tokens_of(outputs: list[Any]) -> list[list[int]]:
 def sampled_by_reference(trio: Trio, row: int) -> list[int]:
     """Decode without any cache; the noise is keyed by the position of the last token read."""
     from proxy_vllm.kernels import reference
+    from proxy_vllm.kernels.row_parameters import RowParameters
 
     fields, ids = ROWS[row], list(PROMPTS[row])
     for _ in range(TOKENS):
         logits = [m(torch.tensor([ids])).logits[:, -1] for m in trio.models()]
-        token = reference.sample(
-            *logits,
-            torch.tensor([ALPHAS[row]]),
-            torch.tensor([fields["temperature"]]),
-            torch.tensor([fields.get("seed", 0)]),
-            torch.tensor([len(ids) - 1]),
+        parameters = RowParameters(
+            alpha=torch.tensor([ALPHAS[row]]),
+            temperature=torch.tensor([fields["temperature"]]),
+            seeds=torch.tensor([fields.get("seed", 0)]),
+            positions=torch.tensor([len(ids) - 1]),
             top_k=torch.tensor([fields.get("top_k", 0)]),
             top_p=torch.tensor([fields.get("top_p", 1.0)]),
             min_p=torch.tensor([fields.get("min_p", 0.0)]),
         )
-        ids.append(int(token))
+        ids.append(int(reference.scores(*logits, parameters).argmax()))
     return ids[len(PROMPTS[row]) :]
 
 

@@ -12,6 +12,7 @@ from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 
 from proxy_vllm.composite.formula import combine_logits
 from proxy_vllm.kernels.fused_head import fused_head_sample, supports
+from proxy_vllm.kernels.row_parameters import RowParameters
 from proxy_vllm.kernels.sharded import (
     Exchange,
     Range,
@@ -156,21 +157,13 @@ class FusedHeads:
     def sample(
         self,
         hidden: list[torch.Tensor],  # 3 x [B, d_m]
-        alpha: torch.Tensor,
-        temperature: torch.Tensor,
-        seeds: torch.Tensor,
-        positions: torch.Tensor,
-        row_to_request: torch.Tensor,
+        rows: RowParameters,
     ) -> torch.Tensor:  # [B] int64
-        """One token a row; arguments as ``kernels/fused_head.py``."""
+        """One token a row; no row may have a filter."""
         tokens, scores = fused_head_sample(
             [h.contiguous() for h in hidden],
             self.weights,
-            alpha,
-            temperature,
-            seeds,
-            positions,
-            row_to_request=row_to_request,
+            rows,
             soft_caps=self.soft_caps,
             scales=self.scales,
             vocab_start=self.vocab_start,

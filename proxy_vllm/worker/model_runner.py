@@ -1,7 +1,5 @@
 """Model Runner V2 for proxy-tuned models: sampling straight from the three members' logits."""
 
-from dataclasses import replace
-
 import torch
 from vllm.distributed.parallel_state import graph_capture
 from vllm.logger import init_logger
@@ -13,7 +11,8 @@ from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from proxy_vllm.kernels.combine_sample import batch_kinds
-from proxy_vllm.worker.sampler import ProxySampler, Rows, merge, merge_logprobs, select_rows
+from proxy_vllm.kernels.row_parameters import RowParameters
+from proxy_vllm.worker.sampler import ProxySampler, merge, merge_logprobs, select_rows
 from proxy_vllm.worker.sampler_graphs import Record, SamplerGraphs, cuda_graph_recorder
 
 logger = init_logger(f"vllm.{__name__}")
@@ -33,17 +32,26 @@ class ProxyModelRunner(GPUModelRunner):
         sampler, model = self.sampler, self.model
         if not isinstance(sampler, ProxySampler) or not sampler.fusable or not model.packed_width:
             return
-        heads, states = model.sharded_heads, sampler.sampling_states
+        heads, buffers = model.sharded_heads, sampler.row_buffers
         for count in batch_kinds(self.max_num_reqs, heads.width if heads else model.vocab_size):
             packed = torch.zeros(
                 (count, model.packed_width), dtype=model.hidden_dtype, device=self.device
             )
-            hidden, _ = model.unpack(packed)
-            index = torch.arange(count, device=self.device)
-            rows = Rows(sampler.alpha.gpu, states.temperature.gpu, states.seeds.gpu, index, index)
-            for names in ((), ("min_p",), ("top_p",), ("top_k", "top_p")):
-                filters = {name: getattr(states, name).gpu for name in names}
-                sampler.sample_hidden(model, hidden, replace(rows, **filters))
+            hidden, alpha = model.unpack(packed)
+            for filters in ((), ("top_p",), ("top_k", "top_p")):
+                self.draw(hidden, buffers.rows(alpha, frozenset(filters)))
+
+    def draw(
+        self,
+        hidden: list[torch.Tensor],  # 3 x [B, d_m]
+        rows: RowParameters,
+    ) -> torch.Tensor:  # [B] int64
+        """One token a row, from the head weights where those fit, else from logits."""
+        model, heads = self.model, self.model.fused_heads
+        fits = heads is not None and len(hidden[0]) <= model.proxy_config.fused_head_max_batch
+        if fits and not rows.filtered and not self.sampler.use_fp64_gumbel:
+            return heads.sample(hidden, rows)
+        return self.sampler.draw(model.logits_for_sampling(hidden), rows)
 
     def capture_model(self, *, profile_only: bool = False) -> int:
         """vLLM's graphs of the model, then ours of sampling; bytes of device memory taken."""
@@ -73,7 +81,7 @@ class ProxyModelRunner(GPUModelRunner):
         """Let steps that the fused path covers whole replay what ``record`` makes of them."""
         sizes = [size for size in sizes if size <= self.max_num_reqs]
         if sizes:
-            graphs = SamplerGraphs(self.model, self.sampler, sizes, self.device)
+            graphs = SamplerGraphs(self.draw, self.model, self.sampler, sizes, self.device)
             graphs.capture(record)
             self.sampler_graphs = graphs
 
@@ -122,17 +130,17 @@ class ProxyModelRunner(GPUModelRunner):
             output = sampler.output_of(graphs.sample(hidden_states, input_batch), input_batch)
             return output, output.num_sampled, output.num_rejected
 
-        batch_rows = sampler.rows_of(input_batch)
         hidden, alpha = self.model.unpack(hidden_states[input_batch.logits_indices])
+        parameters = sampler.rows_of(input_batch, alpha)
         if len(rows) or len(scored):
             logits = self.model.logits_for_sampling(hidden)
-            tokens = sampler.sample_logits(logits, batch_rows)
+            tokens = sampler.draw(logits, parameters)
         else:
-            tokens = sampler.sample_hidden(self.model, hidden, batch_rows)
+            tokens = self.draw(hidden, parameters)
         output = sampler.output_of(tokens, input_batch)
         if len(scored):
             index = async_tensor_h2d(scored, device=self.device)
-            found = sampler.logprobs_by_shards(logits, tokens, input_batch, scored, index)
+            found = sampler.logprobs_by_shards(logits, alpha, tokens, input_batch, scored, index)
             merge_logprobs(output, found, index)
         if len(rows):
             part, index = select_rows(input_batch, rows, self.device)

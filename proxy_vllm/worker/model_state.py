@@ -166,7 +166,7 @@ class ProxyModelState(DefaultModelState):
         if self.vllm_config.watermark_config is not None:
             return None  # vLLM's watermarking sampler draws the token itself
         heads = self.model.sharded_heads
-        ours = ProxySampler(sampler, self.alpha, heads.exchange if heads is not None else None)
+        ours = ProxySampler(sampler, self.device, heads.exchange if heads is not None else None)
         speculative = self.vllm_config.speculative_config
         if speculative is None:
             return ours, None

@@ -1,4 +1,4 @@
-"""The sampler of Model Runner V2: three logit tensors in, one token a row out.
+"""The sampler of Model Runner V2: the members' logits in, one token a row out.
 
 Two paths, chosen for each row, so that one special row does not slow the batch:
 
@@ -14,11 +14,14 @@ their candidates and log-sum-exps instead of logits.
 The whole batch takes the second path where vLLM replaces or wraps sampling: draft verification,
 batch-sharded sampling, sampling-mask and trace replay, counting NaN logits, and watermarking, for
 which vLLM has a sampler of its own.
+
+Alpha reaches both paths by one road, as bits in the hidden states (see ``composite/model.py``),
+because vLLM's own code between the model and ``compute_logits`` picks rows of hidden states and
+knows nothing of request slots. Every other parameter comes from vLLM's request slots
+(``row_buffers.py``).
 """
 
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,32 +35,13 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
 from proxy_vllm.composite.heads import Shards
 from proxy_vllm.kernels.combine_sample import proxy_sample
+from proxy_vllm.kernels.row_parameters import RowParameters
 from proxy_vllm.kernels.sharded import Exchange, ShardedSampler
+from proxy_vllm.worker.row_buffers import RowBuffers
 
-# More candidates than this are no less to send than the logits.
+# Ranks send their candidates twice (values and token ids), so that with many of them it is cheaper
+# to gather the logits.
 MAX_SHARD_LOGPROBS = 256
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Parameters of a batch's rows, by request slot; None for a filter that no row uses."""
-
-    alpha: torch.Tensor  # [slots] float32
-    temperature: torch.Tensor  # [slots] float32
-    seeds: torch.Tensor  # [slots] int64
-    positions: torch.Tensor  # [B] int64
-    row_to_request: torch.Tensor  # [B], row -> slot; -1 in padding rows
-    top_k: torch.Tensor | None = None  # [slots] int32
-    top_p: torch.Tensor | None = None  # [slots] float32
-    min_p: torch.Tensor | None = None  # [slots] float32
-
-    @property
-    def key(self) -> tuple[torch.Tensor, ...]:
-        return self.alpha, self.temperature, self.seeds, self.positions
-
-    @property
-    def filters(self) -> tuple[torch.Tensor | None, ...]:
-        return self.top_k, self.top_p, self.min_p
 
 
 class ProxySampler(Sampler):
@@ -65,15 +49,20 @@ class ProxySampler(Sampler):
 
     Args:
         sampler: the sampler that vLLM made; its state is taken over, not copied.
-        alpha: alpha of each request slot, a ``UvaBackedTensor`` ``[max_num_reqs]`` float32.
+        device: of the logits.
         exchange: what tensor-parallel ranks talk through, where heads are sharded.
     """
 
-    def __init__(self, sampler: Sampler, alpha, exchange: Exchange | None = None) -> None:
-        # vLLM constructs its sampler before it asks for ours, and every buffer is in place.
+    def __init__(
+        self, sampler: Sampler, device: torch.device, exchange: Exchange | None = None
+    ) -> None:
+        # vLLM makes its sampler before it asks for ours and keeps no other reference to it. All
+        # state is in attributes (`Sampler` has no slots), which stay the very same objects.
         self.__dict__.update(sampler.__dict__)
-        self.alpha = alpha
         self.exchange = exchange
+        # vLLM's name for the rows of logits that a request may have: one, and one a draft token.
+        most = self.sampling_states.max_num_reqs * self.num_speculative_tokens
+        self.row_buffers = RowBuffers(most, device)
         self.needs_distribution = np.zeros_like(self.needs_logits_processing)
         self.fusable = (
             type(sampler) is Sampler
@@ -135,67 +124,51 @@ class ProxySampler(Sampler):
         wants[others] = False
         return np.flatnonzero(wants)
 
-    def filters(self, input_batch: InputBatch) -> dict[str, torch.Tensor | None]:
-        """top_k, top_p and min_p by request slot; None for one that no row of the batch uses."""
-        states, rows = self.sampling_states, input_batch.idx_mapping_np
-
-        def used(state, off) -> torch.Tensor | None:
-            return state.gpu if np.any(state.np[rows] != off) else None
-
-        return {
-            "top_k": used(states.top_k, states.vocab_size),
-            "top_p": used(states.top_p, 1.0),
-            "min_p": used(states.min_p, 0.0),
-        }
-
-    def rows_of(self, input_batch: InputBatch) -> Rows:
-        """What decides the tokens of a batch without draft tokens, besides its logits."""
-        states = self.sampling_states
-        return Rows(
-            alpha=self.alpha.gpu,
-            temperature=states.temperature.gpu,
-            seeds=states.seeds.gpu,
-            positions=input_batch.positions[input_batch.logits_indices],
-            row_to_request=input_batch.idx_mapping,
-            **self.filters(input_batch),
+    def filters(self, input_batch: InputBatch) -> frozenset[str]:
+        """Which of top_k, top_p and min_p a row of the batch uses."""
+        states, slots = self.sampling_states, input_batch.idx_mapping_np
+        off = {"top_k": states.vocab_size, "top_p": 1.0, "min_p": 0.0}
+        return frozenset(
+            name for name, value in off.items() if np.any(getattr(states, name).np[slots] != value)
         )
 
-    def sample_hidden(
-        self, model: Any, hidden: list[torch.Tensor], rows: Rows
-    ) -> torch.Tensor:  # [B] int64
-        """One token a row from the composite's hidden states, 3 x ``[B, d_m]``."""
-        heads = model.fused_heads
-        fits = heads is not None and len(hidden[0]) <= model.proxy_config.fused_head_max_batch
-        if fits and not any(f is not None for f in rows.filters) and not self.use_fp64_gumbel:
-            return heads.sample(hidden, *rows.key, row_to_request=rows.row_to_request)
-        return self.sample_logits(model.logits_for_sampling(hidden), rows)
+    def rows_of(
+        self,
+        input_batch: InputBatch,
+        alpha: torch.Tensor,  # [B] float32, of each row of logits
+    ) -> RowParameters:
+        """What decides the tokens of a batch besides its logits.
 
-    def sample_logits(
-        self, logits: list[torch.Tensor] | Shards, rows: Rows
+        One entry for each row of logits, draft tokens included. The vectors are this sampler's
+        own and hold until the next call.
+        """
+        self.row_buffers.gather(input_batch, self.sampling_states)
+        return self.row_buffers.rows(alpha, self.filters(input_batch))
+
+    def draw(
+        self, logits: list[torch.Tensor] | Shards, rows: RowParameters
     ) -> torch.Tensor:  # [B] int64
         """One token a row from the members' logits, 3 x ``[B, V_m]``, or this rank's columns."""
-        draw = proxy_sample
-        if isinstance(logits, Shards):
-            assert self.exchange is not None
-            draw = partial(
-                ShardedSampler(self.exchange).sample,
-                vocab_start=logits.vocab_start,
-                vocab_size=self.sampling_states.vocab_size,
-            )
-            logits = logits.logits
-        return draw(
-            *logits,
-            *rows.key,
-            top_k=rows.top_k,
-            top_p=rows.top_p,
-            min_p=rows.min_p,
-            row_to_request=rows.row_to_request,
-            use_fp64_gumbel=self.use_fp64_gumbel,
+        fp64 = self.use_fp64_gumbel
+        if not isinstance(logits, Shards):
+            base, expert, antiexpert = logits
+            return proxy_sample(base, expert, antiexpert, rows, use_fp64_gumbel=fp64)
+        assert self.exchange is not None
+        base, expert, antiexpert = logits.logits
+        return ShardedSampler(self.exchange).sample(
+            base,
+            expert,
+            antiexpert,
+            rows,
+            vocab_start=logits.vocab_start,
+            vocab_size=self.sampling_states.vocab_size,
+            use_fp64_gumbel=fp64,
         )
 
     def logprobs_by_shards(
         self,
         shards: Shards,
+        alpha: torch.Tensor,  # [B] float32
         tokens: torch.Tensor,  # [B] int64
         input_batch: InputBatch,
         rows: np.ndarray,
@@ -209,12 +182,11 @@ class ProxySampler(Sampler):
             base,
             expert,
             antiexpert,
-            self.alpha.gpu,
+            alpha[index],
             tokens[index],
             int(self.sampling_states.num_logprobs[slots].max()),
             vocab_start=shards.vocab_start,
             vocab_size=self.sampling_states.vocab_size,
-            row_to_request=input_batch.idx_mapping[index],
         )
         return LogprobsTensors(ids, scores, ranks + 1)  # vLLM counts ranks from 1
 

@@ -17,29 +17,17 @@ import torch
 
 from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.fused_head import fused_head_sample
+from proxy_vllm.kernels.row_parameters import RowParameters
 
 
 @dataclass
 class SamplerInputs:
-    """One batch, row i of every vector its parameters. Logits or heads, whichever is drawn from."""
+    """One batch: its rows' parameters, and logits or heads, whichever is drawn from."""
 
-    alpha: torch.Tensor  # [B] float32
-    temperature: torch.Tensor  # [B] float32
-    seeds: torch.Tensor  # [B] int64
-    positions: torch.Tensor  # [B] int64
+    rows: RowParameters
     logits: tuple[torch.Tensor, ...] = ()  # 3 x [B, V]
     hidden: tuple[torch.Tensor, ...] = ()  # 3 x [B, d_m]
     weights: tuple[torch.Tensor, ...] = ()  # 3 x [V, d_m]
-    top_k: torch.Tensor | None = None  # [B] int32, V where off
-    top_p: torch.Tensor | None = None  # [B] float32
-    min_p: torch.Tensor | None = None  # [B] float32
-
-    def filters(self) -> dict[str, torch.Tensor]:
-        named = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def state(self) -> tuple[torch.Tensor, ...]:
-        return self.alpha, self.temperature, self.seeds, self.positions
 
 
 @dataclass(frozen=True)
@@ -62,11 +50,16 @@ def _anywhere() -> None:
 def eager_combine(inputs: SamplerInputs) -> torch.Tensor:  # [B, V] float32
     """The formula in plain PyTorch, float32."""
     base, expert, antiexpert = (tensor.float() for tensor in inputs.logits)
-    return base + inputs.alpha[:, None] * (expert - antiexpert)
+    return base + inputs.rows.alpha[:, None] * (expert - antiexpert)
 
 
 def _rows(logits: torch.Tensor) -> torch.Tensor:
     return torch.arange(logits.shape[0], dtype=torch.int32, device=logits.device)
+
+
+def _used(rows: RowParameters, name: str) -> torch.Tensor | None:
+    """One filter, None where no row uses it: vLLM leaves it out then."""
+    return getattr(rows, name) if name in rows.used else None
 
 
 def _scaled_by_vllm(inputs: SamplerInputs) -> torch.Tensor:
@@ -74,9 +67,10 @@ def _scaled_by_vllm(inputs: SamplerInputs) -> torch.Tensor:
     from vllm.v1.worker.gpu.sample.min_p import apply_min_p
 
     logits = eager_combine(inputs)
-    apply_temperature(logits, _rows(logits), inputs.temperature)
-    if inputs.min_p is not None:
-        apply_min_p(logits, _rows(logits), inputs.min_p)
+    apply_temperature(logits, _rows(logits), inputs.rows.temperature)
+    min_p = _used(inputs.rows, "min_p")
+    if min_p is not None:
+        apply_min_p(logits, _rows(logits), min_p)
     return logits
 
 
@@ -85,17 +79,18 @@ def _eager_vllm(inputs: SamplerInputs) -> torch.Tensor:
     from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
     logits = _scaled_by_vllm(inputs)
-    if inputs.top_k is not None or inputs.top_p is not None:
+    top_k, top_p = _used(inputs.rows, "top_k"), _used(inputs.rows, "top_p")
+    if top_k is not None or top_p is not None:
         # vLLM's Triton filter does not run in the interpreter; its sort-based one does anywhere.
         gpu = logits.is_cuda
         name = "apply_top_k_top_p" if gpu else "apply_top_k_top_p_pytorch"
-        logits = getattr(topk_topp_sampler, name)(logits, inputs.top_k, inputs.top_p)
+        logits = getattr(topk_topp_sampler, name)(logits, top_k, top_p)
     return gumbel_sample(
         logits,
         _rows(logits),
-        inputs.temperature,
-        inputs.seeds,
-        inputs.positions,
+        inputs.rows.temperature,
+        inputs.rows.seeds,
+        inputs.rows.positions,
         apply_temperature=False,
         is_drafting=False,
     )
@@ -111,24 +106,25 @@ def _eager_flashinfer(inputs: SamplerInputs) -> torch.Tensor:
     from vllm.v1.sample.ops.topk_topp_sampler import flashinfer_sample
 
     logits = _scaled_by_vllm(inputs)
-    if inputs.top_k is None and inputs.top_p is None:
+    top_k, top_p = _used(inputs.rows, "top_k"), _used(inputs.rows, "top_p")
+    if top_k is None and top_p is None:
         import flashinfer
 
         return flashinfer.sampling.sampling_from_logits(logits, deterministic=True).long()
-    return flashinfer_sample(logits, inputs.top_k, inputs.top_p).long()
+    return flashinfer_sample(logits, top_k, top_p).long()
 
 
 def _proxy(inputs: SamplerInputs) -> torch.Tensor:
-    return proxy_sample(*inputs.logits, *inputs.state(), **inputs.filters())
+    return proxy_sample(*inputs.logits, inputs.rows)
 
 
 def _heads_proxy(inputs: SamplerInputs) -> torch.Tensor:
     logits = [h @ w.T for h, w in zip(inputs.hidden, inputs.weights)]
-    return proxy_sample(*logits, *inputs.state(), **inputs.filters())
+    return proxy_sample(*logits, inputs.rows)
 
 
 def _fused_head(inputs: SamplerInputs) -> torch.Tensor:
-    return fused_head_sample(inputs.hidden, inputs.weights, *inputs.state())[0]
+    return fused_head_sample(inputs.hidden, inputs.weights, inputs.rows)[0]
 
 
 PROVIDERS = {

@@ -1,7 +1,8 @@
 """Compiles every kernel for Hopper (sm_90) and reports registers, spills and code size.
 
-Needs no GPU: the host code runs as it is, on CPU tensors, with launches replaced by compilation, so
-what is measured is what a GPU would run. Uses the assembler that ships with Triton.
+Needs no GPU: the host code runs as it is, on tensors of the device "meta", which have shapes and no
+memory, with launches replaced by compilation, so what is measured is what a GPU would run. Uses the
+assembler that ships with Triton.
 
     python -m kernel_bench.resources [--json FILE]
 """
@@ -46,13 +47,12 @@ def compile_only(compiled: dict) -> None:
     def getitem(self, grid):
         def launch(*args, **kwargs):
             kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
-            shape = {k: v for k, v in kwargs.items() if isinstance(v, int)}
-            absent = [n for n, a in zip(self.arg_names, args) if a is None and "ptr" in n]
+            named = {**dict(zip(self.arg_names, args)), **kwargs}
+            shape = {k: v for k, v in named.items() if k.isupper() or k.startswith("num_warps")}
+            absent = [n for n, a in named.items() if a is None]
             shape["without"] = ",".join(n.removesuffix("_ptr") for n in absent) or "nothing"
-            dtypes = "/".join(
-                str(a.dtype).removeprefix("torch.") for a in args[:1] if hasattr(a, "dtype")
-            )
-            name = self.fn.__name__ + f"[{dtypes}]"
+            dtype = next(a.dtype for a in named.values() if hasattr(a, "dtype"))
+            name = f"{self.fn.__name__}[{str(dtype).removeprefix('torch.')}]"
             compiled[name, tuple(sorted(shape.items()))] = kernel
 
         return launch
@@ -66,35 +66,39 @@ def _run_all(compiled: dict, quick: bool) -> None:
     import torch
 
     from proxy_vllm.kernels import combine_sample, fused_head
+    from proxy_vllm.kernels.row_parameters import RowParameters
     from proxy_vllm.kernels.sharded import Exchange, ShardedSampler
 
     vocab = 128256
     compile_only(compiled)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def parameters(rows: int, filtered: bool) -> RowParameters:
+        ids = empty(rows, dtype=torch.int64)
+        filters = {}
+        if filtered:
+            top_k = empty(rows, dtype=torch.int32)
+            filters = {"top_k": top_k, "top_p": empty(rows), "min_p": empty(rows)}
+        return RowParameters(empty(rows), empty(rows), ids, ids, **filters)
+
     for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
         for rows in (64,) if quick else (1, 64):
-            logits = torch.empty((rows, vocab), dtype=dtype)
-            ones = torch.ones(rows)
-            ids = torch.zeros(rows, dtype=torch.int64)
-            request = torch.zeros(rows, dtype=torch.int32)
-            filters = {"top_k": request, "top_p": ones, "min_p": ones}
-            call = ([logits] * 3, ones, ones, ids, ids)
-            for given in ({}, {"min_p": ones}, filters):
-                combine_sample.proxy_sample(*call[0], *call[1:], row_to_request=request, **given)
-            combine_sample.proxy_combine(*call[0], ones)
+            logits = [empty(rows, vocab, dtype=dtype)] * 3
+            for filtered in (False, True):
+                combine_sample.proxy_sample(*logits, parameters(rows, filtered))
+            combine_sample.proxy_combine(*logits, empty(rows))
             ShardedSampler(Exchange()).sample(
-                *call[0], *call[1:], vocab_start=0, vocab_size=vocab, **filters
+                *logits, parameters(rows, True), vocab_start=0, vocab_size=vocab
             )
-            hidden = [torch.empty((rows, d), dtype=dtype) for d in (4096, 2048, 2048)]
-            weights = [torch.empty((1024, h.shape[1]), dtype=dtype) for h in hidden]
-            fused_head.fused_head_sample(hidden, weights, ones, ones, ids, ids)
-    if quick:
-        return
-    # Float64 noise changes the launches that draw.
-    logits, ones = torch.empty((1, vocab)), torch.ones(1)
-    ids = torch.zeros(1, dtype=torch.int64)
-    combine_sample.proxy_sample(
-        *[logits] * 3, ones, ones, ids, ids, min_p=ones, top_p=ones, use_fp64_gumbel=True
-    )
+            hidden = [empty(rows, d, dtype=dtype) for d in (4096, 2048, 2048)]
+            weights = [empty(1024, h.shape[1], dtype=dtype) for h in hidden]
+            fused_head.fused_head_sample(hidden, weights, parameters(rows, False))
+    if not quick:
+        # Float64 noise changes the launches that draw.
+        logits = [empty(1, vocab)] * 3
+        combine_sample.proxy_sample(*logits, parameters(1, True), use_fp64_gumbel=True)
 
 
 def _tool(name: str) -> str:

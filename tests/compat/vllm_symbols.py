@@ -110,8 +110,9 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.v1.worker.gpu.input_batch:InputBatch": {
         "runner.py": "logits_indices num_draft_tokens num_reqs",
         "sampler.py": "cu_num_logits cu_num_logits_np expanded_idx_mapping expanded_local_pos"
-        " idx_mapping idx_mapping_np num_draft_tokens_per_req num_reqs_after_padding positions"
+        " idx_mapping idx_mapping_np num_draft_tokens_per_req num_reqs_after_padding"
         " req_ids seq_lens seq_lens_cpu_upper_bound",
+        "row_buffers.py": "expanded_idx_mapping logits_indices positions",
         "model_state.py": "num_tokens_after_padding query_start_loc",
         "own_prompts/inputs.py": "has_prefill input_ids is_prefilling_np"
         " num_computed_prefill_tokens_np num_computed_tokens_np num_scheduled_tokens"
@@ -120,11 +121,11 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.v1.worker.gpu.sample.sampler:Sampler": {
         "sampler.py": "compute_nans logits_processors logprob_token_ids_state logprobs_mode"
         " needs_logits_processing req_states return_sampling_mask sampling_states"
-        " thinking_budget_state trace_replay_state use_fp64_gumbel",
+        " num_speculative_tokens thinking_budget_state trace_replay_state use_fp64_gumbel",
     },
     "vllm.v1.worker.gpu.sample.states:SamplingStates": {
-        "sampler.py": "min_p num_logprobs seeds temperature top_k top_p vocab_size",
-        "sampler_graphs.py": "min_p seeds temperature top_k top_p",
+        "sampler.py": "max_num_reqs num_logprobs vocab_size",
+        "row_buffers.py": "min_p seeds temperature top_k top_p",
     },
     "vllm.v1.worker.gpu.sample.logit_bias:LogitBiasState": {"sampler.py": "use_logit_bias"},
     "vllm.v1.worker.gpu.sample.penalties:PenaltiesState": {"sampler.py": "use_penalty"},
@@ -275,9 +276,9 @@ CALLS: dict[str, dict[str, str]] = {
     "vllm.benchmarks.serve:add_cli_args": {"cli/bench.py": "/1"},
     "vllm.benchmarks.serve:main": {"cli/bench.py": "/1"},
     "vllm.v1.worker.gpu.sample.gumbel:gumbel_noised_argmax": {
-        "kernels/tiles.py": "/6 APPLY_TEMPERATURE IS_DRAFTING USE_FP64"
+        "kernels/combine_sample_kernels.py": "/6 APPLY_TEMPERATURE IS_DRAFTING USE_FP64"
     },
-    "vllm.v1.worker.gpu.sample.gumbel:murmur3_hash32": {"kernels/tiles.py": "/3"},
+    "vllm.v1.worker.gpu.sample.gumbel:murmur3_hash32": {"kernels/combine_sample_kernels.py": "/3"},
     "vllm.v1.worker.gpu.sample.gumbel:murmur3_uniform32": {"kernels/fused_head.py": "/3"},
     "vllm.v1.worker.gpu.sample.gumbel:_log1p_neg_stable": {"kernels/fused_head.py": "/1"},
 }

@@ -41,8 +41,7 @@ class StandIn:
     def spoiled(self) -> Iterator[None]:
         sampler = self.runner.sampler
         states = sampler.sampling_states
-        live = [sampler.alpha, states.temperature, states.seeds]
-        live += [states.top_k, states.top_p, states.min_p]
+        live = [states.temperature, states.seeds, states.top_k, states.top_p, states.min_p]
         tensors = [buffer.cpu for state in live for buffer in state.pool._uva_bufs]
         tensors.append(self.runner.input_buffers.positions)
         saved = [tensor.clone() for tensor in tensors]
@@ -58,14 +57,10 @@ class StandIn:
         def replay() -> None:
             graphs = self.runner.sampler_graphs
             self.replayed[work.args] += 1
-            slots = graphs.rows.row_to_request[: work.args[0]].tolist()
-            real = len(slots) - slots.count(-1)
-            assert slots == [*range(real), *[-1] * (len(slots) - real)]
             graphs.tokens.fill_(-7)
             with self.spoiled():
                 work()
-            rows = graphs.rows
-            for tensor in (graphs.hidden, *rows.key, rows.row_to_request, *rows.filters):
+            for tensor in (graphs.hidden, *self.runner.sampler.row_buffers.vectors.values()):
                 spoil(tensor)
 
         return replay

@@ -1,10 +1,12 @@
 """Inputs that the kernel tests share, and the comparison with the reference."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from proxy_vllm.kernels import reference
+from proxy_vllm.kernels.combine_sample import proxy_sample
+from proxy_vllm.kernels.row_parameters import RowParameters
 
 
 @dataclass
@@ -17,11 +19,36 @@ class Case:
     seeds: torch.Tensor
     positions: torch.Tensor
 
-    def arguments(self) -> tuple[torch.Tensor, ...]:
+    @property
+    def logits(self) -> tuple[torch.Tensor, ...]:
+        return self.base, self.expert, self.antiexpert
+
+    def rows(self, **filters: torch.Tensor) -> RowParameters:
+        return RowParameters(self.alpha, self.temperature, self.seeds, self.positions, **filters)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def to(self, device: torch.device | str) -> "Case":
-        return Case(*(tensor.to(device) for tensor in self.arguments()))
+        return Case(*(tensor.to(device) for tensor in self.tensors()))
+
+    def select(self, rows) -> "Case":
+        """Some of the rows."""
+        return Case(*(tensor[rows] for tensor in self.tensors()))
+
+    def with_logits(self, base, expert, antiexpert) -> "Case":
+        return replace(self, base=base, expert=expert, antiexpert=antiexpert)
+
+    def draw(
+        self, *, tile: int | None = None, use_fp64_gumbel: bool = False, **filters: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens of the kernels."""
+        rows = self.rows(**filters)
+        return proxy_sample(*self.logits, rows, tile=tile, use_fp64_gumbel=use_fp64_gumbel)
+
+    def combined(self) -> torch.Tensor:
+        """The reference's float64 logits."""
+        return reference.combine(*(t.cpu() for t in (*self.logits, self.alpha)))
 
 
 def make_case(
@@ -93,7 +120,7 @@ def make_heads(
 def assert_tokens(tokens: torch.Tensor, case: Case, tolerance: float = 2e-4, **filters) -> None:
     """Every token is the argmax of the float64 reference, up to float32 rounding of its score."""
     tokens = tokens.cpu()
-    scores = reference.scores(*case.arguments(), **filters)
+    scores = reference.scores(*case.logits, case.rows(**filters))
     assert tokens.dtype == torch.int64
     assert tokens.shape == (scores.shape[0],)
     assert ((tokens >= 0) & (tokens < scores.shape[1])).all(), tokens

@@ -61,10 +61,9 @@ def main() -> None:
         exchange.calls = exchange.bytes_sent = 0
         tokens = sampler.sample(
             *shards,
-            *case.arguments()[3:],
+            case.rows(**on(DEVICE, make_filters(case.base.shape[0], kinds=kinds))),
             vocab_start=start,
             vocab_size=case.base.shape[1],
-            **on(DEVICE, make_filters(case.base.shape[0], kinds=kinds)),
         )
         results.append((tokens.cpu(), exchange.calls, exchange.bytes_sent))
     exchange.calls = exchange.bytes_sent = 0
@@ -84,7 +83,7 @@ def main() -> None:
         tokens, scores = fused_head_sample(
             [h.to(DEVICE) for h in hidden],
             [w[start:end].to(DEVICE) for w in weights],
-            *case.arguments()[3:],
+            case.rows(),
             vocab_start=start,
         )
         head_tokens = merge_ranks(exchange, scores, tokens).cpu()

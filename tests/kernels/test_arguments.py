@@ -4,9 +4,10 @@ import pytest
 import torch
 from kernel_cases import make_case, make_heads
 
-from proxy_vllm.kernels import device as kernel_device
+from proxy_vllm.kernels import triton_functions
 from proxy_vllm.kernels.combine_sample import proxy_combine, proxy_sample
 from proxy_vllm.kernels.fused_head import fused_head_sample
+from proxy_vllm.kernels.row_parameters import RowParameters
 
 SAMPLE = {
     "base": [
@@ -23,6 +24,7 @@ SAMPLE = {
     "alpha": [
         lambda t: t.double(),
         lambda t: t[:1],
+        lambda t: torch.cat([t, t]),
         lambda t: t[None],
         lambda t: t.to("meta"),
         lambda t: 0.5,
@@ -31,11 +33,15 @@ SAMPLE = {
     ],
     "temperature": [lambda t: t.bfloat16(), lambda t: t[:2]],
     "seeds": [lambda t: t.int(), lambda t: t[:2], lambda t: t.to("meta")],
-    "positions": [lambda t: t.float(), lambda t: t[:2], lambda t: torch.cat([t, t])],
+    "positions": [
+        lambda t: t.int(),
+        lambda t: t.float(),
+        lambda t: t[:2],
+        lambda t: torch.cat([t, t]),
+    ],
     "top_k": [lambda t: torch.ones(3), lambda t: torch.ones(2, dtype=torch.int32)],
     "top_p": [lambda t: torch.ones(3, dtype=torch.int32), lambda t: torch.ones(1)],
     "min_p": [lambda t: torch.ones(3, 1), lambda t: torch.ones(3, dtype=torch.float64)],
-    "row_to_request": [lambda t: torch.zeros(3), lambda t: torch.zeros(2, dtype=torch.int32)],
 }
 CASES = [(name, i) for name, changes in SAMPLE.items() for i in range(len(changes))]
 POSITIONAL = ("base", "expert", "antiexpert", "alpha", "temperature", "seeds", "positions")
@@ -44,19 +50,20 @@ POSITIONAL = ("base", "expert", "antiexpert", "alpha", "temperature", "seeds", "
 @pytest.mark.parametrize(("name", "index"), CASES)
 def test_proxy_sample_names_the_argument(device, name, index):
     case = make_case(3, 111).to(device)
-    arguments = dict(zip(POSITIONAL, case.arguments()))
+    arguments = dict(zip(POSITIONAL, case.tensors()))
     changed = SAMPLE[name][index](arguments.get(name))
     if isinstance(changed, torch.Tensor) and changed.device.type == "cpu":
         changed = changed.to(device)
     arguments[name] = changed
+    logits = [arguments.pop(member) for member in POSITIONAL[:3]]
     with pytest.raises(ValueError, match=rf"^{name}: "):
-        proxy_sample(**arguments)
+        proxy_sample(*logits, RowParameters(**arguments))
 
 
 @pytest.mark.parametrize(("name", "index"), [(n, i) for n, i in CASES if n in POSITIONAL[:4]])
 def test_proxy_combine_names_the_argument(device, name, index):
     case = make_case(3, 111).to(device)
-    arguments = dict(zip(POSITIONAL[:4], case.arguments()))
+    arguments = dict(zip(POSITIONAL[:4], case.tensors()))
     arguments[name] = SAMPLE[name][index](arguments[name])
     with pytest.raises(ValueError, match=rf"^{name}: "):
         proxy_combine(**arguments)
@@ -79,7 +86,7 @@ def test_out_is_named(device, out):
         else torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=device)
     )
     with pytest.raises(ValueError, match=r"^out: "):
-        proxy_combine(*case.arguments()[:4], out=out)
+        proxy_combine(*case.logits, case.alpha, out=out)
 
 
 def test_a_vocabulary_too_large_for_exact_sums_is_named(device):
@@ -87,19 +94,19 @@ def test_a_vocabulary_too_large_for_exact_sums_is_named(device):
     one = torch.ones(1, device=device)
     ids = torch.zeros(1, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match=r"^base: "):
-        proxy_sample(wide, wide, wide, one, one, ids, ids)
+        proxy_sample(wide, wide, wide, RowParameters(one, one, ids, ids))
 
 
 def test_tensors_on_a_cpu_are_named_where_there_is_no_interpreter(monkeypatch):
-    monkeypatch.setattr(kernel_device, "INTERPRETED", False)
+    monkeypatch.setattr(triton_functions, "INTERPRETED", False)
     case = make_case(3, 111)
     with pytest.raises(ValueError, match=r"^base: is on cpu"):
-        proxy_sample(*case.arguments())
+        case.draw()
     with pytest.raises(ValueError, match=r"^base: is on cpu"):
-        proxy_combine(*case.arguments()[:4])
+        proxy_combine(*case.logits, case.alpha)
     hidden, weights = make_heads(3, (111, 111, 111), torch.float32)
     with pytest.raises(ValueError, match=r"^hidden: is on cpu"):
-        fused_head_sample(hidden, weights, *case.arguments()[3:])
+        fused_head_sample(hidden, weights, case.rows())
 
 
 def test_negative_strides_cannot_even_be_made():
@@ -110,25 +117,20 @@ def test_negative_strides_cannot_even_be_made():
 
 def test_empty_batch(device):
     case = make_case(0, 111).to(device)
-    assert proxy_combine(*case.arguments()[:4]).shape == (0, 111)
-    tokens = proxy_sample(*case.arguments())
+    assert proxy_combine(*case.logits, case.alpha).shape == (0, 111)
+    tokens = case.draw()
     assert tokens.shape == (0,) and tokens.dtype == torch.int64
 
 
-def test_one_column_and_stateful_vectors_longer_than_the_batch(device):
+def test_one_column(device):
     case = make_case(2, 1).to(device)
     case.base = case.base.T.contiguous().T  # a single column may carry any stride
-    longer = [torch.cat([t, t, t]) for t in case.arguments()[3:6]]
-    tokens = proxy_sample(*case.arguments()[:3], *longer, case.positions)
-    assert tokens.tolist() == [0, 0]
+    assert case.draw().tolist() == [0, 0]
 
 
-def test_int32_positions_and_int64_map(device):
+def test_the_fused_head_refuses_filters(device):
     case = make_case(3, 111).to(device)
-    want = proxy_sample(*case.arguments())
-    got = proxy_sample(
-        *case.arguments()[:6],
-        case.positions.int(),
-        row_to_request=torch.arange(3, device=device),
-    )
-    assert torch.equal(got, want)
+    hidden, weights = make_heads(3, (111, 111, 111), torch.float32)
+    rows = case.rows(min_p=torch.zeros(3, device=device))
+    with pytest.raises(ValueError, match=r"^rows: "):
+        fused_head_sample([h.to(device) for h in hidden], [w.to(device) for w in weights], rows)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from kernel_cases import make_case
 
-from proxy_vllm.kernels import reference
 from proxy_vllm.kernels.combine_sample import proxy_combine
 
 
@@ -14,8 +13,8 @@ from proxy_vllm.kernels.combine_sample import proxy_combine
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 111), (5, 4099), (33, 111), (5, 32000)])
 def test_close_to_float64(device, dtype, atol, rows, vocab):
     case = make_case(rows, vocab, dtype=dtype, extra=(7, -3)).to(device)
-    got = proxy_combine(case.base, case.expert, case.antiexpert, case.alpha)
-    want = reference.combine(*(t.cpu() for t in case.arguments()[:4]))
+    got = proxy_combine(*case.logits, case.alpha)
+    want = case.combined()
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.cpu().double(), want, atol=atol, rtol=1e-6)
 
@@ -23,8 +22,8 @@ def test_close_to_float64(device, dtype, atol, rows, vocab):
 def test_exact_on_a_lattice(device):
     """Multiples of 1/8 with alpha in halves need no rounding: every bit must agree."""
     case = make_case(5, 4099, lattice=0.125).to(device)
-    got = proxy_combine(case.base, case.expert, case.antiexpert, case.alpha)
-    want = reference.combine(*(t.cpu() for t in case.arguments()[:4]))
+    got = proxy_combine(*case.logits, case.alpha)
+    want = case.combined()
     assert torch.equal(got.cpu().double(), want)
 
 
@@ -61,17 +60,6 @@ def test_infinities_and_nan(device):
     assert got[4:6].isnan().all()
 
 
-def test_request_map_and_padding_rows(device):
-    case = make_case(4, 111).to(device)
-    slots = torch.tensor([2, -1, 0, 2], dtype=torch.int32, device=device)
-    alpha = torch.tensor([0.5, 9.0, 2.0], device=device)
-    got = proxy_combine(case.base, case.expert, case.antiexpert, alpha, row_to_request=slots)
-    used = torch.tensor([2.0, 0.0, 0.5, 2.0])
-    want = reference.combine(*(t.cpu() for t in case.arguments()[:3]), used)
-    torch.testing.assert_close(got.cpu().double(), want, atol=5e-6, rtol=1e-6)
-    assert torch.equal(got[1], case.base[1])
-
-
 def test_strided_rows_and_out(device):
     case = make_case(5, 111).to(device)
     wide = torch.randn(5, 300, device=device)
@@ -80,7 +68,7 @@ def test_strided_rows_and_out(device):
     got = proxy_combine(
         wide[:, 64:175], case.expert, case.antiexpert, case.alpha, out=out[:, 8:119]
     )
-    want = proxy_combine(case.base, case.expert, case.antiexpert, case.alpha)
+    want = proxy_combine(*case.logits, case.alpha)
     assert got.data_ptr() == out[:, 8:].data_ptr()
     assert torch.equal(got, want)
     assert (out[:, :8] == 7).all() and (out[:, 119:] == 7).all()
@@ -88,7 +76,7 @@ def test_strided_rows_and_out(device):
 
 def test_in_place(device):
     case = make_case(5, 111).to(device)
-    want = proxy_combine(case.base, case.expert, case.antiexpert, case.alpha)
-    got = proxy_combine(case.base, case.expert, case.antiexpert, case.alpha, out=case.base)
+    want = proxy_combine(*case.logits, case.alpha)
+    got = proxy_combine(*case.logits, case.alpha, out=case.base)
     assert got is case.base
     assert torch.equal(got, want)

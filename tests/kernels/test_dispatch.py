@@ -8,8 +8,8 @@ from kernel_cases import Case, assert_tokens, make_case, make_filters, on
 from proxy_vllm.kernels import reference
 
 
-def inputs_of(case: Case, **more) -> SamplerInputs:
-    return SamplerInputs(*case.arguments()[3:], logits=case.arguments()[:3], **more)
+def inputs_of(case: Case, **filters) -> SamplerInputs:
+    return SamplerInputs(case.rows(**filters), logits=case.logits)
 
 
 @pytest.mark.parametrize("filtered", [False, True])
@@ -26,7 +26,7 @@ def test_logit_providers(device, name, filtered):
     if provider.same_noise:
         assert_tokens(tokens, case, **filters)
     else:
-        scores = reference.scores(*case.arguments(), **filters)
+        scores = reference.scores(*case.logits, case.rows(**filters))
         assert (scores.gather(1, tokens.cpu()[:, None]) > -torch.inf).all()
 
 
@@ -38,12 +38,12 @@ def test_head_providers(device, name):
     weights = [torch.randn(300, d, generator=generator) / d**0.5 for d in sizes]
     case = make_case(5, 300, greedy_every=3)
     inputs = SamplerInputs(
-        *case.to(device).arguments()[3:],
+        case.to(device).rows(),
         hidden=tuple(t.to(device) for t in hidden),
         weights=tuple(t.to(device) for t in weights),
     )
     logits = [reference.head_logits(h, w) for h, w in zip(hidden, weights)]
-    assert_tokens(get_provider(name).draw(inputs), Case(*logits, *case.arguments()[3:]))
+    assert_tokens(get_provider(name).draw(inputs), case.with_logits(*logits))
 
 
 def test_unknown_and_missing_providers_are_named():

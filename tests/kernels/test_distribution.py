@@ -18,10 +18,11 @@ import multiprocessing
 
 import pytest
 import torch
+from kernel_cases import Case
 from scipy import stats
 
 from proxy_vllm.kernels import fused_head, reference
-from proxy_vllm.kernels.combine_sample import SampleLaunch, proxy_sample
+from proxy_vllm.kernels.combine_sample import SampleLaunch
 from proxy_vllm.kernels.triton_functions import INTERPRETED
 
 VOCAB = 37
@@ -41,14 +42,22 @@ def row_of_logits() -> list[torch.Tensor]:
     return [torch.randn(1, VOCAB, generator=generator) * 1.5 for _ in range(3)]
 
 
-def parameters(filters, dtype=torch.float32):
+def case_of(filters, draws: int, device="cpu", first: int = 0) -> tuple[Case, dict]:
+    """One row at many positions, and its filters."""
+    logits = [member.to(device).expand(draws, VOCAB) for member in row_of_logits()]
+
+    def every(value, dtype=torch.float32) -> torch.Tensor:
+        return torch.full((draws,), value, dtype=dtype, device=device)
+
+    positions = torch.arange(first, first + draws, device=device)
+    case = Case(*logits, every(ALPHA), every(TEMPERATURE), every(SEED, torch.int64), positions)
     types = {"top_k": torch.int32}
-    return {name: torch.tensor([v], dtype=types.get(name, dtype)) for name, v in filters.items()}
+    return case, {n: every(v, types.get(n, torch.float32)) for n, v in filters.items()}
 
 
 def expected(filters) -> torch.Tensor:
-    one = [torch.tensor([ALPHA]), torch.tensor([TEMPERATURE])]
-    return reference.probabilities(*row_of_logits(), *one, **parameters(filters))[0]
+    case, filters = case_of(filters, 1)
+    return reference.probabilities(*case.logits, case.rows(**filters))[0]
 
 
 def scores_by_reference(filters, draws: int) -> torch.Tensor:  # [draws, V] float64
@@ -62,39 +71,24 @@ def scores_by_reference(filters, draws: int) -> torch.Tensor:  # [draws, V] floa
     return x + reference.gumbel_noise(SEED, torch.arange(draws)[:, None], torch.arange(VOCAB))
 
 
-def arguments(filters, draws: int, device, first: int = 0):
-    """Positional and keyword arguments of `proxy_sample` for one row at many positions."""
-    logits = [member.to(device).expand(draws, VOCAB) for member in row_of_logits()]
-    state = [
-        torch.tensor([ALPHA], device=device),
-        torch.tensor([TEMPERATURE], device=device),
-        torch.tensor([SEED], device=device),
-        torch.arange(first, first + draws, device=device),
-    ]
-    named = {name: tensor.to(device) for name, tensor in parameters(filters).items()}
-    named["row_to_request"] = torch.zeros(draws, dtype=torch.int32, device=device)
-    return [*logits, *state], named
-
-
 def draw_by_kernel(filters, draws: int, device, first: int = 0) -> torch.Tensor:
-    given, named = arguments(filters, draws, device, first)
-    return proxy_sample(*given, **named).cpu()
+    case, filters = case_of(filters, draws, device, first)
+    return case.draw(**filters).cpu()
 
 
 def draw_after_one_search(filters, draws: int, first: int) -> torch.Tensor:
     """`draw_by_kernel` with one search for the threshold; in the interpreter five times as fast."""
-    cpu = torch.device("cpu")
-    given, named = arguments(filters, draws, cpu, first)
-    launch = SampleLaunch(*given, **named)
-    if not launch.filtered:
+    case, every = case_of(filters, draws, first=first)
+    launch = SampleLaunch(*case.logits, case.rows(**every))
+    if not launch.stages:
         launch.combine()
         return launch.winners()[0]
-    given, named = arguments(filters, 1, cpu, first)
-    once = SampleLaunch(*given, **named)
+    case, every = case_of(filters, 1, first=first)
+    once = SampleLaunch(*case.logits, case.rows(**every))
     once.combine()
     state = once.thresholds()
     launch.x = once.x.expand(draws, VOCAB)
-    launch.tile_max = once.tile_max.expand(draws, once.num_tiles).contiguous()
+    launch.tile_max.copy_(once.tile_max.expand(draws, once.num_tiles))
     launch.draw_filtered(state.expand(draws, state.shape[1]).contiguous())
     return launch.winners()[0]
 
@@ -145,31 +139,23 @@ def test_frequencies(device, name):
 
 def draw_by_fused_head(filters, draws: int, first: int, device="cpu") -> torch.Tensor:
     """From heads whose products are the logits themselves: unit vectors, a weight a token."""
-    (*logits, alpha, temperature, seeds, positions), named = arguments({}, draws, device, first)
-    weights = [torch.nn.functional.pad(row[:1].T, (0, 15)).contiguous() for row in logits]
+    case, _ = case_of({}, draws, device, first)
+    weights = [torch.nn.functional.pad(row[:1].T, (0, 15)).contiguous() for row in case.logits]
     hidden = torch.zeros(draws, 16, device=device)
     hidden[:, 0] = 1
-    return fused_head.fused_head_sample(
-        [hidden] * 3, weights, alpha, temperature, seeds, positions, **named
-    )[0].cpu()
+    return fused_head.fused_head_sample([hidden] * 3, weights, case.rows())[0].cpu()
 
 
-class PickOnlyTile:
-    """Does the last launch's work where one tile holds the vocabulary: a program a row less."""
-
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            best_token, tokens = args[7], args[11]
-            tokens.copy_(best_token[:, 0])
-
-        return launch
+def pick_only_tile(best_score, best_token, vocab_start) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last launch's work where one tile holds the vocabulary: a program a row less."""
+    return best_token[:, 0].long(), best_score[:, 0]
 
 
 def test_frequencies_of_the_fused_head(device, monkeypatch):
     scores = scores_by_reference({}, 100_000)
     if INTERPRETED:
         assert_same_draws(draw_by_fused_head({}, 100, 0), scores)
-        monkeypatch.setattr(fused_head, "winner_kernel", PickOnlyTile())
+        monkeypatch.setattr(fused_head, "winner_of_tiles", pick_only_tile)
         draws = in_two_processes(draw_by_fused_head, {}, 100_000)
     else:
         draws = draw_by_fused_head({}, 100_000, 0, device)

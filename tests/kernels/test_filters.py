@@ -5,13 +5,14 @@ import torch
 from kernel_cases import Case, assert_tokens, make_case, make_filters, on
 
 from proxy_vllm.kernels import reference
-from proxy_vllm.kernels.combine_sample import SampleLaunch, proxy_sample
+from proxy_vllm.kernels.combine_sample import SampleLaunch
 from proxy_vllm.kernels.thresholds import find_thresholds
 
 
 def kept_by_kernel(case: Case, device, tile=None, **filters) -> tuple[torch.Tensor, torch.Tensor]:
     """(kept [B, V], scaled logits [B, V]) of the filtered rows of a case without greedy rows."""
-    launch = SampleLaunch(*case.to(device).arguments(), **on(device, filters), tile=tile)
+    case = case.to(device)
+    launch = SampleLaunch(*case.logits, case.rows(**on(device, filters)), tile=tile)
     launch.combine()
     keys = launch.thresholds()[:, 0].cpu()
     bits = torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys).to(torch.int32)
@@ -100,7 +101,7 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize("rounds", [1, 5])
-@pytest.mark.parametrize("stage", ["count", "mass"])
+@pytest.mark.parametrize("stage", ["top_k", "top_p"])
 def test_extreme_rows(device, stage, rounds):
     """Each stage alone, with few rounds (the finish does the search) and with many."""
     generator = torch.Generator().manual_seed(0)
@@ -113,19 +114,15 @@ def test_extreme_rows(device, stage, rounds):
     tile_max = torch.stack([part.max(1).values for part in x.split(128, 1)], 1)
     finite = torch.where(x > -torch.inf, x, torch.inf)
     tile_min = torch.stack([part.min(1).values for part in finite.split(128, 1)], 1)
+    filters = {stage: {"top_k": top_k, "top_p": top_p}[stage].to(device)}
+    parameters = make_case(rows, 1).to(device).rows(**filters).complete()
     state = find_thresholds(
         x.to(device),
         stage,
         None,
         tile_max.contiguous().to(device),
         tile_min.contiguous().to(device),
-        (
-            None,
-            torch.ones(rows, device=device),
-            top_k.to(device) if stage == "count" else None,
-            top_p.to(device) if stage == "mass" else None,
-            None,
-        ),
+        parameters,
         tile=128,
         num_pivots=8,
         num_rounds=rounds,
@@ -137,8 +134,8 @@ def test_extreme_rows(device, stage, rounds):
     for row in range(rows):
         want = reference.kept_row(
             x[row].double(),
-            int(top_k[row]) if stage == "count" else 0,
-            1.0 if stage == "count" else float(top_p[row]),
+            int(top_k[row]) if stage == "top_k" else 0,
+            1.0 if stage == "top_k" else float(top_p[row]),
             0.0,
         )
         # A logit of -inf has no probability: that it is kept or not makes no difference.
@@ -151,7 +148,7 @@ def test_extreme_rows(device, stage, rounds):
 def test_tokens(device, kinds):
     case = make_case(33, 700, greedy_every=6, extra=(-7, 2))
     filters = make_filters(33, kinds=kinds)
-    tokens = proxy_sample(*case.to(device).arguments(), **on(device, filters))
+    tokens = case.to(device).draw(**on(device, filters))
     assert_tokens(tokens, case, **filters)
 
 
@@ -160,16 +157,16 @@ def test_top_k_that_is_off(device, off):
     case = make_case(5, 111).to(device)
     top_k = torch.full((5,), off, dtype=torch.int32, device=device)
     top_p = torch.ones(5, device=device)
-    got = proxy_sample(*case.arguments(), top_k=top_k, top_p=top_p)
-    assert torch.equal(got, proxy_sample(*case.arguments()))
+    got = case.draw(top_k=top_k, top_p=top_p)
+    assert torch.equal(got, case.draw())
 
 
 def test_top_k_of_one_and_tiny_top_p_are_greedy(device):
     case = make_case(5, 4099).to(device)
     greedy = make_case(5, 4099).to(device)
     greedy.temperature[:] = 0
-    want = proxy_sample(*greedy.arguments())
+    want = greedy.draw()
     one = torch.ones(5, dtype=torch.int32, device=device)
-    assert torch.equal(proxy_sample(*case.arguments(), top_k=one), want)
+    assert torch.equal(case.draw(top_k=one), want)
     tiny = torch.full((5,), 1e-8, device=device)
-    assert torch.equal(proxy_sample(*case.arguments(), top_p=tiny), want)
+    assert torch.equal(case.draw(top_p=tiny), want)

@@ -7,20 +7,18 @@ import torch
 from kernel_cases import Case, assert_tokens, make_case, make_heads
 
 from proxy_vllm.kernels import reference
-from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.fused_head import fused_head_sample, head_weight, supports
 
 
 def with_logits(case: Case, hidden, weights, caps=(0, 0, 0), scales=(1, 1, 1)) -> Case:
     """The case with the heads' float64 logits in place of its own."""
     logits = [reference.head_logits(*each) for each in zip(hidden, weights, caps, scales)]
-    return Case(*logits, *case.arguments()[3:])
+    return case.with_logits(*logits)
 
 
 def run(case: Case, hidden, weights, device, **options) -> torch.Tensor:
-    arguments = case.to(device).arguments()[3:]
     hidden, weights = ([t.to(device) for t in ts] for ts in (hidden, weights))
-    return fused_head_sample(hidden, weights, *arguments, **options)[0]
+    return fused_head_sample(hidden, weights, case.to(device).rows(), **options)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -76,8 +74,8 @@ def test_same_tokens_as_logits_in_memory(device):
     hidden, weights = make_heads(33, (500, 500, 500), torch.float32)
     case = make_case(33, 500, greedy_every=5)
     logits = with_logits(case, hidden, weights)
-    logits = Case(*(t.float() for t in logits.arguments()[:3]), *case.arguments()[3:])
-    unfused = proxy_sample(*logits.to(device).arguments())
+    logits = case.with_logits(*(t.float() for t in logits.logits))
+    unfused = logits.to(device).draw()
     assert torch.equal(run(case, hidden, weights, device), unfused)
     assert torch.equal(run(case, hidden, weights, device, block_v=32), unfused)
 
@@ -88,12 +86,12 @@ def test_shards_merge_to_the_whole(device):
     hidden, weights = make_heads(5, (500, 510, 480), torch.float32)
     case = make_case(5, 500)
     whole = run(case, hidden, weights, device)
-    arguments = case.to(device).arguments()[3:]
+    rows = case.to(device).rows()
     parts = []
     for start, end in ((0, 123), (123, 500)):
         shard = [w[start:end].to(device) for w in weights]
         hidden_there = [h.to(device) for h in hidden]
-        parts.append(fused_head_sample(hidden_there, shard, *arguments, vocab_start=start))
+        parts.append(fused_head_sample(hidden_there, shard, rows, vocab_start=start))
     tokens = merge_shards(
         torch.stack([score for _, score in parts]), torch.stack([token for token, _ in parts])
     )

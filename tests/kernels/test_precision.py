@@ -9,8 +9,7 @@ import pytest
 import torch
 from kernel_cases import make_case
 
-from proxy_vllm.kernels import reference
-from proxy_vllm.kernels.combine_sample import proxy_combine, proxy_sample
+from proxy_vllm.kernels.combine_sample import proxy_combine
 
 ROWS, VOCAB = 64, 32000
 # dtype of the logits: largest total variation allowed.
@@ -25,12 +24,12 @@ def variation(logits: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.fixture(scope="module", params=list(TABLE), ids=lambda dtype: str(dtype)[6:])
 def case(request):
     case = make_case(ROWS, VOCAB, dtype=request.param, scale=2.0)
-    return case, reference.combine(*case.arguments()[:4])
+    return case, case.combined()
 
 
 def test_total_variation_and_argmax_flips(case, device):
     case, exact = case
-    got = proxy_combine(*case.to(device).arguments()[:4]).cpu()
+    got = proxy_combine(*case.to(device).logits, case.alpha.to(device)).cpu()
     assert variation(got, exact) < TABLE[case.base.dtype]
     flipped = got.argmax(1) != exact.argmax(1)
     # A flip is rounding only where the two best are closer than float32 tells apart.
@@ -44,14 +43,14 @@ def test_greedy_tokens(case, device):
     case, exact = case
     greedy = case.to(device)
     greedy.temperature = torch.zeros(ROWS, device=device)
-    tokens = proxy_sample(*greedy.arguments()).cpu()
+    tokens = greedy.draw().cpu()
     reached = exact.gather(1, tokens[:, None])[:, 0]
     assert (exact.max(1).values - reached < 1e-5).all()
 
 
 def test_bfloat16_arithmetic_would_be_noticed():
     case = make_case(ROWS, VOCAB, dtype=torch.bfloat16, scale=2.0)
-    exact = reference.combine(*case.arguments()[:4])
+    exact = case.combined()
     coarse = case.base + case.alpha.bfloat16()[:, None] * (case.expert - case.antiexpert)
     assert variation(coarse, exact) > 1e-3
     assert (coarse.argmax(1) != exact.argmax(1)).any()

@@ -5,7 +5,7 @@ import torch
 from kernel_cases import Case, assert_tokens, make_case, make_filters, make_heads, on
 
 from proxy_vllm.kernels import reference
-from proxy_vllm.kernels.combine_sample import proxy_combine, proxy_sample
+from proxy_vllm.kernels.combine_sample import proxy_combine
 from proxy_vllm.kernels.fused_head import fused_head_sample
 
 pytestmark = pytest.mark.gpu
@@ -16,7 +16,7 @@ def some_rows(case: Case, filters: dict, tokens: torch.Tensor) -> tuple[Case, di
     """The first and the last rows of a batch, on the CPU."""
     rows = len(tokens)
     chosen = sorted({*range(min(CHECKED // 2, rows)), *range(max(0, rows - CHECKED // 2), rows)})
-    part = Case(*(tensor[chosen].cpu() for tensor in case.arguments()))
+    part = case.select(chosen).to("cpu")
     return part, {k: v[chosen].cpu() for k, v in filters.items()}, tokens[chosen].cpu()
 
 
@@ -32,15 +32,17 @@ def test_real_sizes(device, vocab, rows, dtype, filtered):
         return values.to(dtype)
 
     small = make_case(rows, 5, greedy_every=5).to(device)
-    case = Case(logits(vocab), logits(vocab + 128), logits(vocab - 64), *small.arguments()[3:])
+    case = small.with_logits(logits(vocab), logits(vocab + 128), logits(vocab - 64))
     filters = on(device, make_filters(rows)) if filtered else {}
-    tokens = proxy_sample(*case.arguments(), **filters)
+    tokens = case.draw(**filters)
     assert ((tokens >= 0) & (tokens < vocab)).all()
     part, filters, tokens = some_rows(case, filters, tokens)
     # Of a hundred thousand probabilities float32 sums a little more or less than top_p.
     top_p = filters.pop("top_p", torch.ones(len(tokens)))
     edges = [top_p, top_p + 1e-5, top_p - 1e-5]
-    near = [reference.scores(*part.arguments(), **filters, top_p=p.clamp(max=1)) for p in edges]
+    near = [
+        reference.scores(*part.logits, part.rows(**filters, top_p=p.clamp(max=1))) for p in edges
+    ]
     gaps = [s.max(1).values - s.gather(1, tokens[:, None])[:, 0] for s in near]
     assert (torch.stack(gaps).amin(0) < 2e-4).all(), gaps
 
@@ -53,11 +55,11 @@ def test_fused_head_at_real_sizes(device, rows, dtype):
     tokens, _ = fused_head_sample(
         [h.to(device) for h in hidden],
         [w.to(device) for w in weights],
-        *case.to(device).arguments()[3:],
+        case.to(device).rows(),
     )
     chosen = [0, rows // 2, rows - 1]
     logits = [reference.head_logits(h[chosen], w) for h, w in zip(hidden, weights)]
-    part = Case(*logits, *(tensor[chosen] for tensor in case.arguments()[3:]))
+    part = case.select(chosen).with_logits(*logits)
     assert_tokens(tokens.cpu()[chosen], part, tolerance=1e-3)
 
 
@@ -70,15 +72,11 @@ def test_offsets_beyond_31_bits(device):
     peak = torch.arange(rows, device=device) * 9 % vocab
     base.scatter_(1, peak[:, None], 40.0)
     small = torch.zeros(1, vocab, dtype=torch.bfloat16, device=device).expand(rows, vocab)
-    one = torch.ones(1, device=device)
-    slots = torch.zeros(rows, dtype=torch.int32, device=device)
-    seeds = torch.tensor([5], device=device)
-    positions = torch.arange(rows, device=device)
-    given = (base, small, small, one, one, seeds, positions)
-    assert torch.equal(proxy_sample(*given, row_to_request=slots), peak)
-    top_k = torch.tensor([3], dtype=torch.int32, device=device)
+    ones, ids = torch.ones(rows, device=device), torch.arange(rows, device=device)
+    case = Case(base, small, small, ones, ones, seeds=ids, positions=ids)
+    assert torch.equal(case.draw(), peak)
     # The scratch of filtered rows is beyond 31 bits too.
-    assert torch.equal(proxy_sample(*given, row_to_request=slots, top_k=top_k), peak)
+    assert torch.equal(case.draw(top_k=torch.full_like(ids, 3, dtype=torch.int32)), peak)
 
 
 def captured(work):
@@ -99,33 +97,27 @@ def test_replayed_graphs_read_their_inputs_anew(device, kinds):
     rows = 8
     case = make_case(rows, 32000, greedy_every=4).to(device)
     filters = on(device, make_filters(rows, kinds=kinds))
-    slots = torch.arange(rows, dtype=torch.int32, device=device)
-    tokens, graph = captured(
-        lambda: proxy_sample(*case.arguments(), **filters, row_to_request=slots)
-    )
+    tokens, graph = captured(lambda: case.draw(**filters))
     for seed in (1, 2):
         other = make_case(rows, 32000, greedy_every=3, seed=seed).to(device)
-        for tensor, value in zip(case.arguments(), other.arguments()):
+        for tensor, value in zip(case.tensors(), other.tensors()):
             tensor.copy_(value)
         for name, value in on(device, make_filters(rows, seed=seed, kinds=kinds)).items():
             filters[name].copy_(value)
-        slots[-2:] = -1  # padding rows give the base's argmax
         graph.replay()
-        want = proxy_sample(*case.arguments(), **filters, row_to_request=slots)
-        assert torch.equal(tokens, want)
-        assert torch.equal(tokens[-2:], case.base[-2:].argmax(1))
+        assert torch.equal(tokens, case.draw(**filters))
 
 
 def test_replayed_fused_head(device):
     hidden, weights = make_heads(5, (32000,) * 3, torch.bfloat16)
     hidden, weights = ([t.to(device) for t in ts] for ts in (hidden, weights))
     case = make_case(5, 5, greedy_every=3).to(device)
-    (tokens, _), graph = captured(lambda: fused_head_sample(hidden, weights, *case.arguments()[3:]))
+    (tokens, _), graph = captured(lambda: fused_head_sample(hidden, weights, case.rows()))
     for tensor in hidden:
         tensor.copy_(tensor.flip(0))
     case.positions.add_(17)
     graph.replay()
-    assert torch.equal(tokens, fused_head_sample(hidden, weights, *case.arguments()[3:])[0])
+    assert torch.equal(tokens, fused_head_sample(hidden, weights, case.rows())[0])
 
 
 @pytest.mark.parametrize("kinds", ["", "m", "kpm"])
@@ -136,9 +128,9 @@ def test_nothing_waits_for_the_device(device, kinds):
     hidden, weights = ([t.to(device) for t in ts] for ts in (hidden, weights))
 
     def work():
-        proxy_sample(*case.arguments(), **filters)
-        proxy_combine(*case.arguments()[:4])
-        fused_head_sample(hidden, weights, *case.arguments()[3:])
+        case.draw(**filters)
+        proxy_combine(*case.logits, case.alpha)
+        fused_head_sample(hidden, weights, case.rows())
 
     work()  # compiling may wait
     torch.cuda.set_sync_debug_mode("error")

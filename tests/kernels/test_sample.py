@@ -5,7 +5,6 @@ import torch
 from kernel_cases import Case, assert_tokens, make_case, make_filters, on
 
 from proxy_vllm.kernels import reference
-from proxy_vllm.kernels.combine_sample import proxy_sample
 
 
 def vllm_tokens(case: Case, logits, use_fp64=False, top_k=None, top_p=None, min_p=None):
@@ -39,7 +38,7 @@ def vllm_tokens(case: Case, logits, use_fp64=False, top_k=None, top_p=None, min_
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 111), (33, 111), (5, 4099), (1, 32000)])
 def test_tokens_of_the_reference(device, rows, vocab, dtype):
     case = make_case(rows, vocab, dtype=dtype, extra=(9, -5), greedy_every=3)
-    tokens = proxy_sample(*case.to(device).arguments())
+    tokens = case.to(device).draw()
     assert_tokens(tokens, case)
 
 
@@ -48,13 +47,13 @@ def test_min_p_whatever_the_tile(device, tile):
     case = make_case(33, 1500, scale=2.0, greedy_every=5)
     case.temperature *= 2
     filters = make_filters(33, kinds="m")
-    tokens = proxy_sample(*case.to(device).arguments(), **on(device, filters), tile=tile)
+    tokens = case.to(device).draw(**on(device, filters), tile=tile)
     assert_tokens(tokens, case, **filters)
     if tile > 64:
         return
     # The case must contain what the second draw exists for: a tile of which min-p keeps a token,
     # but drops the one that wins against the tile's own maximum.
-    x = reference.scaled(reference.combine(*case.arguments()[:4]), case.temperature)
+    x = reference.scaled(case.combined(), case.temperature)
     second_draws = 0
     for row in range(33):
         if case.temperature[row] == 0 or filters["min_p"][row] == 0:
@@ -74,7 +73,7 @@ def test_alpha_zero_is_vllms_own_token(device):
     case = make_case(33, 4099, greedy_every=4).to(device)
     case.alpha[:] = 0
     case.expert[:] = torch.nan
-    tokens = proxy_sample(*case.arguments())
+    tokens = case.draw()
     assert torch.equal(tokens, vllm_tokens(case, case.base))
 
 
@@ -84,7 +83,7 @@ def test_alpha_zero_with_filters_is_vllms_token(device, dtype):
     case = make_case(33, 1111, dtype=dtype, greedy_every=7).to(device)
     case.alpha[:] = 0
     filters = on(device, make_filters(33))
-    tokens = proxy_sample(*case.arguments(), **filters)
+    tokens = case.draw(**filters)
     theirs = vllm_tokens(case, case.base, **filters)
     if dtype == torch.float32:
         assert torch.equal(tokens, theirs)
@@ -96,51 +95,41 @@ def test_float64_noise_is_vllms(device):
     case = make_case(5, 1111, greedy_every=4).to(device)
     case.alpha[:] = 0
     filters = on(device, make_filters(5))
-    plain = proxy_sample(*case.arguments(), use_fp64_gumbel=True)
+    plain = case.draw(use_fp64_gumbel=True)
     assert torch.equal(plain, vllm_tokens(case, case.base, use_fp64=True))
-    kept = proxy_sample(*case.arguments(), use_fp64_gumbel=True, **filters)
+    kept = case.draw(use_fp64_gumbel=True, **filters)
     assert torch.equal(kept, vllm_tokens(case, case.base, use_fp64=True, **filters))
 
 
 def test_equal_expert_and_antiexpert_give_the_bases_token(device):
     case = make_case(5, 4099).to(device)
-    same = proxy_sample(case.base, case.expert, case.expert, *case.arguments()[3:])
+    same = case.with_logits(case.base, case.expert, case.expert).draw()
     assert torch.equal(same, vllm_tokens(case, case.base))
 
 
 def test_base_equal_to_antiexpert_gives_the_experts_token(device):
     case = make_case(5, 4099, lattice=0.125).to(device)
     case.alpha[:] = 1
-    got = proxy_sample(case.base, case.expert, case.base, *case.arguments()[3:])
+    got = case.with_logits(case.base, case.expert, case.base).draw()
     assert torch.equal(got, vllm_tokens(case, case.expert))
 
 
 def test_greedy_takes_the_lowest_of_equals(device):
     case = make_case(5, 1000, lattice=1.0, scale=0.6, greedy_every=1).to(device)
-    logits = reference.combine(*(t.cpu() for t in case.arguments()[:4]))
+    logits = case.combined()
     assert ((logits == logits.max(dim=1, keepdim=True).values).sum(1) > 1).any()
     want = (logits == logits.max(dim=1, keepdim=True).values).int().argmax(1)
     for tile in (64, 1024):
-        assert torch.equal(proxy_sample(*case.arguments(), tile=tile).cpu(), want)
+        assert torch.equal(case.draw(tile=tile).cpu(), want)
 
 
 def test_a_row_does_not_depend_on_the_batch_around_it(device):
     case = make_case(33, 300, greedy_every=4).to(device)
     filters = on(device, make_filters(33))
-    together = proxy_sample(*case.arguments(), **filters)
+    together = case.draw(**filters)
     for row in range(0, 33, 4):
-        slot = torch.tensor([row], dtype=torch.int32, device=device)
-        alone = proxy_sample(
-            case.base[row : row + 1],
-            case.expert[row : row + 1],
-            case.antiexpert[row : row + 1],
-            case.alpha,
-            case.temperature,
-            case.seeds,
-            case.positions[row : row + 1],
-            row_to_request=slot,
-            **filters,
-        )
+        one = {name: tensor[row : row + 1] for name, tensor in filters.items()}
+        alone = case.select(slice(row, row + 1)).draw(**one)
         assert int(alone) == int(together[row])
 
 
@@ -148,36 +137,22 @@ def test_tokens_do_not_depend_on_tiles(device):
     case = make_case(5, 1111, greedy_every=4).to(device)
     filters = on(device, make_filters(5))
     for given in ({}, filters):
-        tokens = [proxy_sample(*case.arguments(), **given, tile=t) for t in (128, 512, 2048)]
+        tokens = [case.draw(**given, tile=t) for t in (128, 512, 2048)]
         assert torch.equal(tokens[0], tokens[1])
         assert torch.equal(tokens[0], tokens[2])
 
 
 def test_same_seed_and_position_in_two_requests_draw_the_same(device):
     case = make_case(2, 4099).to(device)
-    for tensor in case.arguments():
+    for tensor in case.tensors():
         tensor[1] = tensor[0]
-    tokens = proxy_sample(*case.arguments())
+    tokens = case.draw()
     assert int(tokens[0]) == int(tokens[1])
     case.positions[1] += 1
     case.base *= 0.01
     case.alpha *= 0
-    tokens = proxy_sample(*case.arguments())
+    tokens = case.draw()
     assert int(tokens[0]) != int(tokens[1])
-
-
-def test_padding_rows_and_shared_slots(device):
-    case = make_case(5, 111)
-    slots = torch.tensor([1, -1, 0, 1, 3], dtype=torch.int32)
-    filters = make_filters(5)
-    tokens = proxy_sample(
-        *case.to(device).arguments(), row_to_request=slots.to(device), **on(device, filters)
-    ).cpu()
-    used = slots.long().clamp(min=0)
-    scores = reference.scores(*case.arguments(), row_to_request=used, **filters)
-    for row in (0, 2, 3, 4):
-        assert int(tokens[row]) == int(scores[row].argmax())
-    assert int(tokens[1]) == int(case.base[1].argmax())
 
 
 @pytest.mark.parametrize("filtered", [False, True])
@@ -199,7 +174,7 @@ def test_rows_without_a_free_choice(device, filtered):
     for row in (4, 9):
         case.base[row, 55] = torch.inf
     filters = on(device, make_filters(10)) if filtered else {}
-    tokens = proxy_sample(*case.arguments(), **filters, tile=64).cpu()
+    tokens = case.draw(**filters, tile=64).cpu()
     for row in (0, 5):
         assert int(tokens[row]) == 70
     for row in (1, 6, 3, 8):
@@ -213,39 +188,33 @@ def test_rows_without_a_free_choice(device, filtered):
 
 def test_strided_rows(device):
     case = make_case(5, 111).to(device)
-    want = proxy_sample(*case.arguments())
+    want = case.draw()
     wide = torch.full((3, 5, 200), 9e9, device=device)
-    for slab, tensor in zip(wide, case.arguments()[:3]):
+    for slab, tensor in zip(wide, case.logits):
         slab[:, 33:144] = tensor
     views = [slab[:, 33:144] for slab in wide]
-    assert torch.equal(proxy_sample(*views, *case.arguments()[3:]), want)
+    assert torch.equal(case.with_logits(*views).draw(), want)
 
 
 def test_members_may_have_different_dtypes(device):
     case = make_case(5, 111)
     mixed = case.to(device)
     mixed.expert, case.expert = mixed.expert.bfloat16(), case.expert.bfloat16()
-    assert_tokens(proxy_sample(*mixed.arguments()), case)
+    assert_tokens(mixed.draw(), case)
 
 
 def test_no_rows(device):
     case = make_case(0, 111).to(device)
-    tokens = proxy_sample(*case.arguments())
+    tokens = case.draw()
     assert tokens.shape == (0,) and tokens.dtype == torch.int64
 
 
 def test_kinds_of_batches():
-    """One batch of every tile and number of pivots that a launch can have, the smallest first."""
-    from proxy_vllm.kernels.combine_sample import SampleLaunch, batch_kinds, few_programs
-
-    def kind(rows, cols):
-        case = make_case(1, 5)
-        wide = [t.expand(rows, 5)[:, :1].expand(rows, cols) for t in case.arguments()[:3]]
-        launch = SampleLaunch(*wide, *case.arguments()[3:])
-        return launch.tile, few_programs(launch.num_rows, launch.num_tiles)
+    """One batch of every tile that a launch can have, the smallest first."""
+    from proxy_vllm.kernels.combine_sample import batch_kinds, choose_tile
 
     for cols in (37, 4099, 128256):
         sizes = batch_kinds(300, cols)
-        kinds = [kind(rows, cols) for rows in sizes]
+        kinds = [choose_tile(rows, cols) for rows in sizes]
         assert sizes[0] == 1 and len(set(kinds)) == len(kinds)
-        assert {kind(rows, cols) for rows in range(1, 301)} == set(kinds)
+        assert {choose_tile(rows, cols) for rows in range(1, 301)} == set(kinds)

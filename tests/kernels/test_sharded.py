@@ -8,8 +8,6 @@ import pytest
 import torch
 from kernel_cases import make_case, make_filters, make_heads, on
 
-from proxy_vllm.kernels import reference
-from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.fused_head import fused_head_sample
 from proxy_vllm.kernels.sharded import (
     Exchange,
@@ -67,7 +65,7 @@ def test_tokens_equal_the_unsharded_ones(ranks, device):
     case = make_case(**CASE).to(device)
     for index, kinds in enumerate(KINDS):
         filters = on(device, make_filters(ROWS, kinds=kinds))
-        want = proxy_sample(*case.arguments(), **filters).cpu()
+        want = case.draw(**filters).cpu()
         for report in reports:
             assert torch.equal(report["results"][index][0], want), (world, kinds)
 
@@ -88,7 +86,7 @@ def test_traffic(ranks):
 def test_logprobs_equal_those_of_the_whole_vocabulary(ranks):
     _, reports = ranks
     case = make_case(**CASE)
-    logits = reference.combine(*case.arguments()[:4])
+    logits = case.combined()
     tokens = reports[0]["results"][0][0]
     logprobs = torch.log_softmax(logits, dim=1)
     values, ids = logprobs.sort(dim=1, descending=True, stable=True)
@@ -134,7 +132,7 @@ def test_head_weights_over_ranks(ranks, device):
         return
     case = make_case(**CASE).to(device)
     hidden, weights = ([t.to(device) for t in ts] for ts in make_heads(ROWS, HEADS, torch.float32))
-    want, _ = fused_head_sample(hidden, weights, *case.arguments()[3:])
+    want, _ = fused_head_sample(hidden, weights, case.rows())
     for tokens, calls, sent in (report["heads"] for report in reports):
         assert torch.equal(tokens, want.cpu())
         assert (calls, sent) == (1, ROWS * 16)
@@ -152,8 +150,8 @@ def test_one_rank_needs_no_process_group(device):
     case = make_case(**CASE).to(device)
     sampler = ShardedSampler(Exchange())
     filters = on(device, make_filters(ROWS))
-    tokens = sampler.sample(*case.arguments(), vocab_start=0, vocab_size=VOCAB, **filters)
-    assert torch.equal(tokens, proxy_sample(*case.arguments(), **filters))
+    tokens = sampler.sample(*case.logits, case.rows(**filters), vocab_start=0, vocab_size=VOCAB)
+    assert torch.equal(tokens, case.draw(**filters))
     whole = realign_columns(case.base, [(0, VOCAB)], [(0, VOCAB)], Exchange())
     assert torch.equal(whole, case.base)
 
@@ -171,4 +169,4 @@ def test_bad_bounds_are_named(name, value):
     case = make_case(**CASE)
     bounds = {"vocab_start": 0, "vocab_size": VOCAB, name: value}
     with pytest.raises(ValueError, match=name):
-        ShardedSampler(Exchange()).sample(*case.arguments(), **bounds)
+        ShardedSampler(Exchange()).sample(*case.logits, case.rows(), **bounds)

@@ -6,19 +6,20 @@ p * H(everything) for top-p. {logit >= t} is the kept set, ties included.
 
 Each round is one launch over a [rows, tiles] grid. Every program first advances its row's bracket
 from the sums of the round before (all programs of a row compute the same), then measures H at
-NUM_PIVOTS values inside the bracket for its own tile. Weights are integers, so sums are exact in
-any order and the result does not depend on tiling, batch or shards. Tiles without a logit inside
-the bracket are not read again. `finish_kernel` ends what the rounds left open.
+NUM_PIVOTS values inside the bracket for its own tile. The pivots are stored with the sums: the next
+launch must compare with the very same floats. Weights are integers, so sums are exact in any order
+and the result does not depend on tiling, batch or shards. Tiles without a logit inside the bracket
+are not read again. `finish_kernel` ends what the rounds left open.
 
-Thresholds and brackets are float32 values as order-preserving integers (device.float_key).
+Thresholds and brackets are float32 values as order-preserving integers (`float_key`).
 """
 
 from vllm.triton_utils import tl, triton
 
-from proxy_vllm.kernels.triton_functions import _FLT_MAX, float_key, key_float, row_slot
+from proxy_vllm.kernels.triton_functions import _FLT_MAX, float_key, key_float, row_filters
 
-# Fields of a row's state: the bracket LO <= t < HI as keys, the target of H, H(HI), and whether LO
-# is the answer.
+# Fields of a row's state: the bracket LO <= t < HI as keys, the target of H, H(HI) or -1 before the
+# first measurement, and whether LO is the answer.
 STATE_FIELDS = 5
 _FIELDS = tl.constexpr(STATE_FIELDS)
 _LO = tl.constexpr(0)
@@ -53,25 +54,6 @@ def row_min(tile_min_ptr, row, num_tiles, TILES: tl.constexpr):
 
 
 @triton.jit
-def row_filters(slot, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size):
-    """(temperature, top_k or 0, top_p or 1, min_p or 0); greedy and padding rows have no filter."""
-    valid = slot >= 0
-    temperature = tl.load(temperature_ptr + slot, mask=valid, other=0.0).to(tl.float32)
-    random = valid & (temperature != 0.0)
-    top_k = tl.zeros((), dtype=tl.int32)
-    top_p = tl.full((), 1.0, dtype=tl.float32)
-    min_p = tl.zeros((), dtype=tl.float32)
-    if top_k_ptr is not None:
-        top_k = tl.load(top_k_ptr + slot, mask=random, other=0).to(tl.int32)
-        top_k = tl.where((top_k > 0) & (top_k < vocab_size), top_k, 0)
-    if top_p_ptr is not None:
-        top_p = tl.load(top_p_ptr + slot, mask=random, other=1.0).to(tl.float32)
-    if min_p_ptr is not None:
-        min_p = tl.load(min_p_ptr + slot, mask=random, other=0.0).to(tl.float32)
-    return temperature, top_k, top_p, min_p
-
-
-@triton.jit
 def min_p_threshold(maximum, min_p):
     """Smallest logit that min-p keeps; -inf when it is off."""
     threshold = maximum + tl.log(tl.where(min_p > 0.0, min_p, 1.0))
@@ -93,7 +75,7 @@ def _first_bracket(lower_key, maximum, minimum, top_k, top_p, MASS: tl.constexpr
     active = active & (maximum > float("-inf"))
     lo = tl.where(active, tl.minimum(tl.maximum(lo, lower_key), hi - 1), lower_key)
     done = (active & (lo + 1 < hi)) == 0
-    return lo, hi, target, tl.zeros((), dtype=tl.int64), done.to(tl.int64)
+    return lo, hi, target, tl.full((), -1, dtype=tl.int64), done.to(tl.int64)
 
 
 @triton.jit
@@ -126,26 +108,26 @@ def _advance(
     hi,
     target,
     above,
-    done,
-    lower_key,
     pivots,  # [NUM_PIVOTS] float32
     totals,  # [NUM_PIVOTS] int64, weight of the row's logits in [pivot, hi)
     smallest,  # smallest and largest logit of the row in [lo, hi)
     largest,
     top_p,
-    FIRST: tl.constexpr,
     MASS: tl.constexpr,
 ):
     """The bracket after a measurement. Only for rows that are not done."""
+    if MASS:
+        # The lowest pivot of the first measurement is the bracket's lower end.
+        everything = tl.max(totals, axis=0).to(tl.float64)
+        share = tl.ceil(top_p.to(tl.float64) * everything).to(tl.int64)
+        target = tl.where(above < 0, share, target)
+    above = tl.maximum(above, 0)
     totals += above
-    if FIRST:
-        everything = tl.max(totals, axis=0)
-        if MASS:
-            target = tl.ceil(top_p.to(tl.float64) * everything.to(tl.float64)).to(tl.int64)
     enough = totals >= target
     keys = float_key(pivots)
     at_lo = tl.min(tl.where(enough, totals, 0x7FFFFFFFFFFFFFFF), axis=0)
     above = tl.maximum(above, tl.max(tl.where(enough, 0, totals), axis=0))
+    # Where top-k asks for more logits than min-p left, no pivot is enough, and LO keeps them all.
     lo = tl.maximum(lo, tl.max(tl.where(enough, keys, lo), axis=0))
     hi = tl.minimum(hi, tl.min(tl.where(enough, hi, keys), axis=0))
     # No logit lies between the bracket's ends and the outermost logits inside it.
@@ -155,10 +137,6 @@ def _advance(
     finished = lo + 1 >= hi
     if not MASS:
         finished = finished | (at_lo == target)
-        if FIRST:
-            # Fewer than k logits are left: top-k keeps them all.
-            lo = tl.where(everything < target, lower_key, lo)
-            finished = finished | (everything < target)
     return lo, hi, target, above, finished.to(tl.int64)
 
 
@@ -201,10 +179,11 @@ def _store_state(state_ptr, row, lo, hi, target, above, done):
 
 
 @triton.jit
-def _row_totals(
-    totals_ptr, ends_ptr, row, num_parts, PARTS: tl.constexpr, NUM_PIVOTS: tl.constexpr
+def _row_measurement(
+    pivots_ptr, totals_ptr, ends_ptr, row, num_parts, PARTS: tl.constexpr, NUM_PIVOTS: tl.constexpr
 ):
-    """One row's measurement, summed over its tiles (or, sharded, taken as summed already)."""
+    """One row's pivots, and its sums and ends over its tiles (or, sharded, over all shards)."""
+    pivots = tl.load(pivots_ptr + row * NUM_PIVOTS + tl.arange(0, NUM_PIVOTS))
     parts = row * num_parts + tl.arange(0, PARTS)
     inside = tl.arange(0, PARTS) < num_parts
     totals = tl.load(
@@ -214,35 +193,26 @@ def _row_totals(
     )
     smallest = tl.load(ends_ptr + parts * 2, mask=inside, other=float("inf"))
     largest = tl.load(ends_ptr + parts * 2 + 1, mask=inside, other=float("-inf"))
-    return tl.sum(totals, axis=0), tl.min(smallest, axis=0), tl.max(largest, axis=0)
-
-
-@triton.jit
-def _lower_key(lower_state_ptr, row, maximum, min_p):
-    """Where the stage starts: the threshold of the stage before, or that of min-p."""
-    if lower_state_ptr is not None:
-        key = tl.load(lower_state_ptr + row * _FIELDS + _LO)
-    else:
-        key = float_key(min_p_threshold(maximum, min_p))
-    return key
+    return pivots, tl.sum(totals, axis=0), tl.min(smallest, axis=0), tl.max(largest, axis=0)
 
 
 @triton.jit
 def round_kernel(
-    x_ptr,  # [B, V] float32, scaled logits of the rows that have a filter
+    x_ptr,  # [B, V] float32, scaled logits of the rows that have top-k or top-p
     x_stride,
-    state_in_ptr,  # [B, STATE_FIELDS] int64, brackets of the round before (None in the first)
-    totals_in_ptr,  # [B, num_parts, NUM_PIVOTS] int64, what that round measured
+    lower_state_ptr,  # final state of the stage before, or None; read in the first round
+    state_in_ptr,  # [B, STATE_FIELDS] int64, brackets of the round before
+    pivots_in_ptr,  # [B, NUM_PIVOTS] float32, where that round measured
+    totals_in_ptr,  # [B, num_parts, NUM_PIVOTS] int64, what it measured
     ends_in_ptr,  # [B, num_parts, 2] float32
     own_totals_ptr,  # [B, num_tiles, NUM_PIVOTS], this device's share of it
     own_ends_ptr,
     state_out_ptr,
+    pivots_out_ptr,
     totals_out_ptr,
     ends_out_ptr,
-    lower_state_ptr,  # final state of the stage before, or None
     row_max_ptr,  # [B, num_stats] float32
     row_min_ptr,
-    row_to_request_ptr,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
@@ -251,7 +221,7 @@ def round_kernel(
     vocab_size,  # columns of all shards together
     num_parts,
     num_stats,
-    ROUND: tl.constexpr,
+    FIRST: tl.constexpr,
     MASS: tl.constexpr,
     BY_KEY: tl.constexpr,
     NUM_PIVOTS: tl.constexpr,
@@ -262,16 +232,18 @@ def round_kernel(
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     num_tiles = tl.num_programs(1)
-    slot = row_slot(row, row_to_request_ptr)
-    _, top_k, top_p, min_p = row_filters(
-        slot, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size
-    )
     maximum = row_max(row_max_ptr, row, num_stats, STATS)
-    lower_key = _lower_key(lower_state_ptr, row, maximum, min_p)
     own = (row * num_tiles + tile) * NUM_PIVOTS + tl.arange(0, NUM_PIVOTS)
     own_ends = (row * num_tiles + tile) * 2
     empty = False
-    if ROUND == 0:
+    if FIRST:
+        _, top_k, top_p, min_p = row_filters(
+            row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size
+        )
+        if lower_state_ptr is not None:
+            lower_key = tl.load(lower_state_ptr + row * _FIELDS + _LO)
+        else:
+            lower_key = float_key(min_p_threshold(maximum, min_p))
         minimum = row_min(row_min_ptr, row, num_stats, STATS)
         lo, hi, target, above, done = _first_bracket(
             lower_key, maximum, minimum, top_k, top_p, MASS
@@ -279,13 +251,12 @@ def round_kernel(
     else:
         lo, hi, target, above, done = _load_state(state_in_ptr, row)
         if done == 0:
-            pivots = _pivots(lo, hi, ROUND == 1, BY_KEY, NUM_PIVOTS)
-            totals, smallest, largest = _row_totals(
-                totals_in_ptr, ends_in_ptr, row, num_parts, PARTS, NUM_PIVOTS
+            pivots, totals, smallest, largest = _row_measurement(
+                pivots_in_ptr, totals_in_ptr, ends_in_ptr, row, num_parts, PARTS, NUM_PIVOTS
             )
             lo, hi, target, above, done = _advance(
-                lo, hi, target, above, done, lower_key, pivots, totals, smallest, largest,
-                top_p, ROUND == 1, MASS,
+                lo, hi, target, above, pivots, totals, smallest, largest,
+                tl.load(top_p_ptr + row), MASS,
             )  # fmt: skip
             # Of this tile, nothing that weighs lies inside the new bracket: no need to read it.
             mine = tl.load(own_totals_ptr + own)
@@ -299,13 +270,15 @@ def round_kernel(
         _store_state(state_out_ptr, row, lo, hi, target, above, done)
     if done != 0:
         return
+    pivots = _pivots(lo, hi, FIRST, BY_KEY, NUM_PIVOTS)
+    if tile == 0:
+        tl.store(pivots_out_ptr + row * NUM_PIVOTS + tl.arange(0, NUM_PIVOTS), pivots)
     totals = tl.zeros((NUM_PIVOTS,), dtype=tl.int64)
     smallest = float("inf")
     largest = float("-inf")
     if not empty:
         cols = tile * TILE + tl.arange(0, TILE)
         x = tl.load(x_ptr + row * x_stride + cols, mask=cols < num_cols, other=float("-inf"))
-        pivots = _pivots(lo, hi, ROUND == 0, BY_KEY, NUM_PIVOTS)
         totals, smallest, largest = _measure(x, pivots, lo, hi, maximum, MASS)
     tl.store(totals_out_ptr + own, totals)
     tl.store(ends_out_ptr + own_ends, smallest)
@@ -317,22 +290,16 @@ def finish_kernel(
     x_ptr,
     x_stride,
     state_ptr,  # [B, STATE_FIELDS] of the last round; the answers on return
+    pivots_ptr,  # [B, NUM_PIVOTS]
     totals_ptr,  # [B, num_parts, NUM_PIVOTS]
     ends_ptr,  # [B, num_parts, 2]; the tiles' own where SEARCH
-    lower_state_ptr,
     row_max_ptr,  # [B, num_stats]
-    row_to_request_ptr,
-    temperature_ptr,
-    top_k_ptr,
     top_p_ptr,
-    min_p_ptr,
     num_cols,
     num_tiles,
     num_parts,
     num_stats,
-    LAST_ROUND: tl.constexpr,
     MASS: tl.constexpr,
-    BY_KEY: tl.constexpr,
     SEARCH: tl.constexpr,
     NUM_PIVOTS: tl.constexpr,
     TILE: tl.constexpr,
@@ -349,19 +316,15 @@ def finish_kernel(
     lo, hi, target, above, done = _load_state(state_ptr, row)
     if done != 0:
         return
-    slot = row_slot(row, row_to_request_ptr)
-    _, _, top_p, min_p = row_filters(
-        slot, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, num_cols
+    top_p = tl.load(top_p_ptr + row)
+    pivots, totals, smallest, largest = _row_measurement(
+        pivots_ptr, totals_ptr, ends_ptr, row, num_parts, PARTS, NUM_PIVOTS
     )
-    maximum = row_max(row_max_ptr, row, num_stats, STATS)
-    lower_key = _lower_key(lower_state_ptr, row, maximum, min_p)
-    pivots = _pivots(lo, hi, LAST_ROUND == 0, BY_KEY, NUM_PIVOTS)
-    totals, smallest, largest = _row_totals(totals_ptr, ends_ptr, row, num_parts, PARTS, NUM_PIVOTS)
     lo, hi, target, above, done = _advance(
-        lo, hi, target, above, done, lower_key, pivots, totals, smallest, largest,
-        top_p, LAST_ROUND == 0, MASS,
-    )  # fmt: skip
+        lo, hi, target, above, pivots, totals, smallest, largest, top_p, MASS
+    )
     if SEARCH:
+        maximum = row_max(row_max_ptr, row, num_stats, STATS)
         tiles = tl.arange(0, TILES)
         ends = ends_ptr + (row * num_tiles + tiles) * 2
         tile_smallest = tl.load(ends, mask=tiles < num_tiles, other=float("inf"))
@@ -385,7 +348,6 @@ def finish_kernel(
                 smallest = tl.minimum(smallest, low)
                 largest = tl.maximum(largest, high)
             lo, hi, target, above, done = _advance(
-                lo, hi, target, above, done, lower_key, pivots, totals, smallest, largest,
-                top_p, False, MASS,
-            )  # fmt: skip
+                lo, hi, target, above, pivots, totals, smallest, largest, top_p, MASS
+            )
     _store_state(state_ptr, row, lo, hi, target, above, done)
