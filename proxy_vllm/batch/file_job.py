@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from proxy_vllm.batch.generator import BatchGenerator, Item, Result, engine_is_dead
 from proxy_vllm.batch.jsonl import ResultFile, count_lines, only_new, open_input, read_jsonl
+from proxy_vllm.batch.settings import SettingsFile
 from proxy_vllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +92,9 @@ class FileJob:
         source: JSONL file, or ``-`` for standard input.
         target: JSONL file, or ``-`` for standard output.
         defaults: fields of ``SamplingParams`` for lines that do not set them.
-        resume: keep the answers that ``target`` holds, and add those that are missing.
+        settings: what the answers depend on (``settings.settings_of``), kept beside ``target``.
+        resume: keep the answers that ``target`` holds, and add those that are missing; only where
+            they were made with the same settings.
         overwrite: replace what ``target`` holds.
         skip_errors: leave lines out that cannot be answered, and name them with their reason in
             ``TARGET.errors.jsonl``; otherwise the first of them ends the job.
@@ -102,6 +105,7 @@ class FileJob:
     source: str
     target: str
     defaults: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
     resume: bool = False
     overwrite: bool = False
     skip_errors: bool = False
@@ -124,6 +128,8 @@ class FileJob:
         self._refuse_same_file()
         with open_input(self.source) as stream, Interrupts() as interrupts:
             results = ResultFile(self.target, resume=self.resume, overwrite=self.overwrite)
+            if results.done:
+                SettingsFile(self.target, self.settings).check()
             try:
                 return self._run(stream, results, make_llm, interrupts)
             except KeyboardInterrupt:
@@ -161,6 +167,8 @@ class FileJob:
         llm = make_llm()
         if self.target != "-":
             results.open()  # after: a model that does not load costs no earlier answers
+            if results.is_regular and not results.done:
+                SettingsFile(self.target, self.settings).write()
         bad_lines = _BadLines(self)
         progress = Progress(total, self.show_progress)
         try:

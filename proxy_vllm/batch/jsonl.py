@@ -121,7 +121,7 @@ class ResultFile:
         self.written = 0
         self._end = 0
         self._fd = -1
-        self._regular = False
+        self.is_regular = False
         if name == "-":
             if resume:
                 raise UserError("--resume needs an output file, not standard output")
@@ -130,7 +130,7 @@ class ResultFile:
         try:
             info = path.stat()
         except FileNotFoundError:
-            self._regular = True
+            self.is_regular = True
             if not path.absolute().parent.is_dir():
                 raise UserError(f"{name}: there is no folder {path.parent} to write to") from None
             if not os.access(path.absolute().parent, os.W_OK):
@@ -142,8 +142,8 @@ class ResultFile:
             raise UserError(f"{name} is a folder: name a file")
         if not os.access(path, os.W_OK):
             raise UserError(f"{name}: cannot be written to (Permission denied)")
-        self._regular = stat.S_ISREG(info.st_mode)
-        if not self._regular or info.st_size == 0 or overwrite:
+        self.is_regular = stat.S_ISREG(info.st_mode)
+        if not self.is_regular or info.st_size == 0 or overwrite:
             return
         if not resume:
             raise UserError(
@@ -179,7 +179,7 @@ class ResultFile:
             return
         try:
             self._fd = os.open(self.name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            if self._regular:
+            if self.is_regular:
                 os.ftruncate(self._fd, self._end)
                 os.lseek(self._fd, self._end, os.SEEK_SET)
         except OSError as error:
@@ -197,7 +197,7 @@ class ResultFile:
             while left:
                 left = left[os.write(self._fd, left) :]
         except OSError as error:
-            if self._regular:
+            if self.is_regular:
                 os.ftruncate(self._fd, self._end)
             raise _cannot("write", self.name, error) from None
         self._end += len(line)

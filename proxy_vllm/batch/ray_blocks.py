@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import threading
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from proxy_vllm.batch.generator import Item
 from proxy_vllm.batch.jsonl import only_new, parse_line
+from proxy_vllm.batch.settings import check_same, write_whole
 from proxy_vllm.errors import UserError
 
 _PARQUET = ".parquet"
@@ -243,7 +243,7 @@ class OutputFolder:
     def __init__(
         self,
         name: str,
-        settings: dict[str, Any],
+        settings: dict[str, str],
         files: list[InputFile],
         *,
         resume: bool = False,
@@ -251,7 +251,7 @@ class OutputFolder:
     ) -> None:
         self.path = Path(os.path.abspath(name))
         self.shown = name
-        self._manifest = {
+        self._manifest: dict[str, Any] = {
             "settings": settings,
             "files": {file.path: file.fingerprint() for file in files if os.path.exists(file.path)},
         }
@@ -279,13 +279,7 @@ class OutputFolder:
             raise UserError(f"{self.shown}/{MANIFEST}: cannot be read ({error})") from None
 
     def _check_same(self, earlier: dict[str, Any]) -> None:
-        old, new = earlier["settings"], self._manifest["settings"]
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                raise UserError(
-                    f"{self.shown} was begun with {key} {old.get(key)!r}, now it is"
-                    f" {new.get(key)!r}: --resume goes on with the same, --overwrite starts anew"
-                )
+        check_same(self.shown, earlier["settings"], self._manifest["settings"])
         for path, fingerprint in earlier["files"].items():
             if self._manifest["files"].get(path) != fingerprint:
                 raise UserError(
@@ -309,20 +303,6 @@ class OutputFolder:
 
     def has(self, block: Block) -> bool:
         return (self.path / block.name).exists()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Let a file appear with all of its bytes, or not at all. Raises ``OSError``."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def lines_of(rows: Iterable[dict[str, Any]]) -> bytes:

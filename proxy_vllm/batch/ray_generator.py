@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.batch.generator import Item, Result
-from proxy_vllm.batch.ray_blocks import ERRORS, Block, BlockReader, lines_of, write_whole
+from proxy_vllm.batch.ray_blocks import ERRORS, Block, BlockReader, lines_of
 from proxy_vllm.batch.request import one_line, request_fields
+from proxy_vllm.batch.settings import write_whole
 from proxy_vllm.batch.shared import EngineFailure, SharedGenerator
 from proxy_vllm.errors import UserError
 

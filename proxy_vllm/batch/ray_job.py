@@ -18,6 +18,7 @@ import ray
 from proxy_vllm.batch.file_job import Interrupts, Progress
 from proxy_vllm.batch.ray_blocks import Block, InputFile, OutputFolder, blocks_of, find_files
 from proxy_vllm.batch.ray_generator import BlockWriter
+from proxy_vllm.batch.settings import settings_of
 from proxy_vllm.config import ProxyConfig, check_vllm_version
 from proxy_vllm.engine_args import cpu_kv_cache, ranks_of
 from proxy_vllm.errors import UserError, without_trace
@@ -27,12 +28,6 @@ _MOST_TASKS = 10_000
 _CONNECT_SECONDS = 5.0
 # The opening of HTTP/2, which Ray speaks, and empty SETTINGS; the other side answers with its own.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-# Arguments of `ProxyLLM` that answers depend on; with others, a folder is not gone on with.
-_DECISIVE = (
-    "model", "expert", "antiexpert", "alpha", "expert_args", "antiexpert_args", "dtype",
-    "quantization", "kv_cache_dtype", "revision", "tokenizer", "hf_overrides", "seed",
-    "chat_template", "base_chat_template", "expert_chat_template", "antiexpert_chat_template",
-)  # fmt: skip
 
 
 @dataclass
@@ -104,17 +99,15 @@ class RayJob:
                 return 128 + number
         return 1 if skipped.count else 0
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, str]:
         """What the answers depend on, and the cut into blocks."""
-        given = {**self.llm_arguments, **_proxy_config(self.llm_arguments).to_dict()}
-        return {
-            "input": [os.path.abspath(name) for name in self.sources],
-            "block_rows": self.block_rows,
-            # As text, which compares equal after JSON; empty and `auto` are the same as not given.
-            **{n: str(given[n]) for n in _DECISIVE if given.get(n) and given[n] != "auto"},
-            "sampling": self.sampling,
-            "token_ids": self.token_ids,
-        }
+        return settings_of(
+            self.llm_arguments,
+            input=[os.path.abspath(name) for name in self.sources],
+            block_rows=self.block_rows,
+            sampling=self.sampling,
+            token_ids=self.token_ids,
+        )
 
     def _plain_ids(self) -> bool:
         return len(self.sources) == 1 and not os.path.isdir(self.sources[0])

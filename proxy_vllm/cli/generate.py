@@ -31,10 +31,11 @@ class GenerateSubcommand(CLISubcommand):
         if (args.data_parallel_size or 1) > 1:
             raise UserError("--data-parallel-size: --replicas N runs N engines on Ray")
         defaults = sampling_defaults(args)
+        llm = llm_arguments(args)
         if args.replicas is not None or args.ray_address is not None:
-            code = ray_job(args, defaults).run()
+            code = ray_job(args, llm, defaults).run()
         else:
-            code = file_job(args, defaults).run(lambda: start_llm(args))
+            code = file_job(args, llm, defaults).run(lambda: start_llm(llm))
         if code:
             sys.exit(code)
 
@@ -153,9 +154,10 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def file_job(args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
+def file_job(args: argparse.Namespace, llm: dict[str, Any], defaults: dict[str, Any]) -> Any:
     """The ``FileJob`` that the command line describes."""
     from proxy_vllm.batch.file_job import FileJob
+    from proxy_vllm.batch.settings import settings_of
 
     if len(args.input) > 1:
         raise UserError("--input: one file at a time; --replicas reads several, on Ray")
@@ -163,6 +165,7 @@ def file_job(args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
         source=args.input[0],
         target=args.output,
         defaults=defaults,
+        settings=settings_of(llm, sampling=defaults, token_ids=args.token_ids),
         resume=args.resume,
         overwrite=args.overwrite,
         skip_errors=args.on_error == "skip",
@@ -171,7 +174,7 @@ def file_job(args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
     )
 
 
-def ray_job(args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
+def ray_job(args: argparse.Namespace, llm: dict[str, Any], defaults: dict[str, Any]) -> Any:
     """The ``RayJob`` that the command line describes."""
     try:
         from proxy_vllm.batch.ray_job import RayJob
@@ -183,7 +186,7 @@ def ray_job(args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
     return RayJob(
         sources=args.input,
         target=args.output,
-        llm_arguments=llm_arguments(args),
+        llm_arguments=llm,
         sampling=defaults,
         replicas=1 if args.replicas is None else args.replicas,
         address=args.ray_address,
@@ -196,10 +199,10 @@ def ray_job(args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
     )
 
 
-def start_llm(args: argparse.Namespace) -> Any:
+def start_llm(llm: dict[str, Any]) -> Any:
     from proxy_vllm import ProxyLLM
 
-    return ProxyLLM(**llm_arguments(args))
+    return ProxyLLM(**llm)
 
 
 def cmd_init() -> list[CLISubcommand]:

@@ -145,7 +145,7 @@ def run_in_process(*argv):
         cleanup_dist_env_and_memory()
 
 
-def test_a_killed_run_and_its_resumption_equal_an_uninterrupted_one(trio, tmp_path):
+def test_a_killed_run_and_its_resumption_equal_an_uninterrupted_one(trio, tmp_path, capsys):
     source = tmp_path / "in.jsonl"
     # In Triton's interpreter a step takes a third of a second.
     lines = greedy_lines(14, 12) if cpu_runner() == "v2" else greedy_lines(40, 60)
@@ -177,6 +177,11 @@ def test_a_killed_run_and_its_resumption_equal_an_uninterrupted_one(trio, tmp_pa
         file.write(b'{"id": "line-9", "te')  # what a kill within a write leaves
 
     assert run_in_process(*command(trio, source, target, *options)) == 2
+    for other in (["--alpha", "-3"], ["--expert", trio["antiexpert"]], ["--top-k", "5"]):
+        assert run_in_process(*command(trio, source, target, *options, "--resume", *other)) == 2
+        assert f"was begun with {'sampling' if '--top-k' in other else other[0][2:]} " in (
+            capsys.readouterr().err
+        )
     assert run_in_process(*command(trio, source, target, *options, "--resume")) == 0
     assert target.read_bytes() == whole.read_bytes()
 

@@ -170,7 +170,8 @@ def test_a_killed_driver_is_resumed(cluster, trio, expected, tmp_path):
     manifest = json.loads((target / "_manifest.json").read_text())
     with pytest.raises(UserError, match="holds results: --resume adds"):
         job(trio, source, target).run()
-    again = job(trio, source, target, resume=True, sampling=manifest["settings"]["sampling"])
+    sampling = json.loads(manifest["settings"]["sampling"])
+    again = job(trio, source, target, resume=True, sampling=sampling)
     assert again.run() == 0
     check(target, expected)
     assert all(path.stat().st_mtime_ns == made for path, made in kept.items())

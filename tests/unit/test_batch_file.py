@@ -1,5 +1,6 @@
 """JSONL files answered by a scripted engine: resuming, bad lines, signals, full disks."""
 
+import dataclasses
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from scripted_llm import ScriptedLLM, lines
 
 from proxy_vllm.batch.file_job import FileJob
 from proxy_vllm.batch.jsonl import ResultFile, read_jsonl
+from proxy_vllm.batch.settings import settings_of
 from proxy_vllm.errors import UserError
 
 
@@ -107,6 +109,77 @@ def test_resume_starts_no_engine_for_a_finished_file(job):
     job.run(ScriptedLLM)
     job.resume = True
     assert job.run(lambda: pytest.fail("an engine was started")) == 0
+
+
+def test_resume_goes_on_with_the_same_settings_alone(job):
+    job.settings = {"alpha": "1.5", "expert": "e"}
+    job.run(ScriptedLLM)
+    with open(job.target, "rb+") as file:
+        file.truncate(400)
+    job.resume = True
+    none = lambda: pytest.fail("an engine was started")  # noqa: E731
+    for other, named in (
+        ({"alpha": "-3.0", "expert": "e"}, r"begun with alpha 1.5, now it is -3.0"),
+        ({"alpha": "1.5"}, "begun with expert e, now it is not given"),
+    ):
+        job.settings = other
+        with pytest.raises(UserError, match=named):
+            job.run(none)
+    job.settings = {"alpha": "1.5", "expert": "e"}
+    assert job.run(ScriptedLLM) == 0
+    assert got(job) == want(job)
+
+    os.unlink(f"{job.target}.settings.json")
+    with pytest.raises(UserError, match=r"has no out.jsonl.settings.json beside it"):
+        job.run(none)
+    job.resume, job.overwrite, job.settings = False, True, {"alpha": "2.0"}
+    assert job.run(ScriptedLLM) == 0
+    assert json.loads(Path(f"{job.target}.settings.json").read_text()) == job.settings
+
+
+TRIO = {"model": "b", "expert": "e", "antiexpert": "a", "alpha": 1.0}
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("alpha", 1.5), ("expert", "e2"), ("expert_args", {"dtype": "float16"}), ("dtype", "half"),
+        ("generation_config", "vllm"), ("override_generation_config", {"temperature": 0.1}),
+        ("load_format", "dummy"), ("tokenizer_mode", "slow"), ("model_impl", "transformers"),
+        ("logits_processors", ["mine:Processor"]), ("max_model_len", 99), ("quantization", "fp8"),
+        ("expert_chat_template", "{{ x }}"), ("chat_template", "file"), ("speculative_tokens", 3),
+        ("compilation_config", {"mode": 0}), ("seed", 1), ("attention_backend", "FLASH_ATTN"),
+    ],
+)  # fmt: skip
+def test_every_argument_that_answers_may_depend_on_is_a_setting(name, value):
+    with_it = settings_of({**TRIO, name: value}, sampling={})
+    assert with_it.keys() - settings_of(TRIO, sampling={}).keys() <= {name}
+    assert with_it != settings_of(TRIO, sampling={})
+    assert json.loads(json.dumps(with_it)) == with_it
+
+
+def test_settings_have_one_spelling(tmp_path, monkeypatch):
+    """Defaults given or not, paths relative or not; a token for the hub is never written."""
+    from vllm import EngineArgs
+
+    plain = settings_of(TRIO, sampling={"max_tokens": 5})
+    cli = EngineArgs(model=str(tmp_path))
+    all_of_them = {f.name: getattr(cli, f.name) for f in dataclasses.fields(EngineArgs)}
+    given = {**all_of_them, **TRIO, "dtype": "auto", "quantization": None, "expert_args": {}}
+    assert settings_of(given, sampling={"max_tokens": 5}) == plain
+    harmless = {"hf_token": "secret", "tensor_parallel_size": 2, "max_num_seqs": 3}
+    assert settings_of({**TRIO, **harmless}, sampling={"max_tokens": 5}) == plain
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "chat.jinja").write_text("one")
+    monkeypatch.chdir(tmp_path)
+    relative, whole = (
+        settings_of({**TRIO, "model": f"{at}base", "chat_template": f"{at}chat.jinja"})
+        for at in ("", f"{tmp_path}/")
+    )
+    assert relative == whole
+    (tmp_path / "chat.jinja").write_text("two")
+    assert settings_of({**TRIO, "model": "base", "chat_template": "chat.jinja"}) != relative
 
 
 def test_resume_refuses_a_file_that_is_no_result(job):
@@ -234,6 +307,7 @@ def test_a_full_device_is_one_clear_line(job):
 
 def test_a_full_disk_keeps_whole_lines_and_resume_goes_on(job, small_disk):
     folder, resize = small_disk
+    resize(8)  # a page for the settings, a page for the answers
     job.target = str(folder / "out.jsonl")
     with pytest.raises(UserError, match=r"out.jsonl: cannot write .No space left on device"):
         job.run(ScriptedLLM)

@@ -150,7 +150,7 @@ def test_an_output_folder_goes_on_only_with_what_it_was_begun_with(tmp_path):
     (tmp_path / "out" / ".half.jsonl.1234").write_text("{")
     with pytest.raises(UserError, match=r"holds results: --resume adds"):
         folder()
-    with pytest.raises(UserError, match=r"begun with alpha '1.0', now it is '2.0'"):
+    with pytest.raises(UserError, match=r"begun with alpha 1.0, now it is 2.0"):
         folder({"alpha": "2.0"}, resume=True)
     folder(resume=True).open()
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
