@@ -7,5 +7,8 @@ def register() -> None:
     """Register the composite model with vLLM. Safe to call any number of times."""
     from vllm import ModelRegistry
 
+    from proxy_vllm.composite import engine_config
+
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"proxy_vllm.composite.model:{ARCHITECTURE}")
+    engine_config.register()

@@ -83,7 +83,7 @@ def member_configs(kwargs: dict[str, Any], proxy: ProxyConfig) -> "dict[str, Mod
     """vLLM's own configuration of each member, length limits as the checkpoints give them."""
     from vllm import EngineArgs
 
-    from proxy_vllm.composite.members import member_model_config
+    from proxy_vllm.composite.member_configs import member_model_config
 
     known = EngineArgs.__dataclass_fields__
     plain = {k: v for k, v in kwargs.items() if k in known and k != "max_model_len"}

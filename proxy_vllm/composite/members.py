@@ -1,6 +1,5 @@
 """Build and load the three members with vLLM's own code, and account for their memory."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -8,86 +7,22 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 from vllm.compilation.backends import set_model_tag
-from vllm.config import ModelConfig, VllmConfig, replace
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
-from vllm.transformers_utils.config import get_config
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 
-from proxy_vllm.config import CONFIG_KEY, ROLES, ProxyConfig
+from proxy_vllm.composite.member_configs import view
+from proxy_vllm.config import ROLES
 from proxy_vllm.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
-# What a small member takes from the base's configuration, unless `expert_args` says otherwise.
-_INHERITED = (
-    "trust_remote_code",
-    "seed",
-    "enforce_eager",
-    "tokenizer_mode",
-    "skip_tokenizer_init",
-    "hf_token",
-    "config_format",
-    "allow_deprecated_quantization",
-    "disable_sliding_window",
-)
-
 # Attributes of an attention layer's implementation by which metadata may differ.
 _ATTENTION_KIND = ("num_heads", "num_kv_heads", "head_size", "logits_soft_cap")
-
-
-def member_model_config(role: str, proxy: ProxyConfig, base: ModelConfig) -> ModelConfig:
-    """vLLM's configuration of the expert or the antiexpert.
-
-    Its dtype is the base's unless the member's arguments name another. Its length limit is its
-    own, so that the caller can compare it with the base's.
-    """
-    args = {name: getattr(base, name) for name in _INHERITED if hasattr(base, name)}
-    args["dtype"] = base.dtype
-    args.update(proxy.member_args(role))
-    return ModelConfig(model=getattr(proxy, role), **args)
-
-
-def member_vllm_configs(vllm_config: VllmConfig, proxy: ProxyConfig) -> dict[str, VllmConfig]:
-    """One ``VllmConfig`` for each role: own model and quantization, everything else shared.
-
-    ``compilation_config`` stays the same object, so all attention layers register in one
-    ``static_forward_context`` and vLLM pages the three caches with one block table.
-
-    ``additional_config`` enters the key of vLLM's cache of compiled graphs. A member's graph holds
-    its layers' names, so two roles must not share one, though they be the same model; alpha and
-    the like are in no graph. The cache also has one folder for the whole engine, named by the base.
-    """
-    composite = vllm_config.model_config
-    own = get_config(
-        composite.hf_config_path or composite.model,
-        composite.trust_remote_code,
-        composite.revision,
-        composite.code_revision,
-        composite.config_format,
-        token=composite.hf_token,
-    )
-    configs = {
-        "base": vllm_config.with_hf_config(
-            composite.hf_config, architectures=list(own.architectures or [])
-        )
-    }
-    for role in ROLES[1:]:
-        model_config = member_model_config(role, proxy, composite)
-        model_config.max_model_len = composite.max_model_len
-        configs[role] = replace(
-            vllm_config,
-            model_config=model_config,
-            quant_config=VllmConfig.get_quantization_config(model_config, vllm_config.load_config),
-        )
-    others = {k: v for k, v in vllm_config.additional_config.items() if k != CONFIG_KEY}
-    graphs = {role: config.model_config.compute_hash() for role, config in configs.items()}
-    for role, config in configs.items():
-        config.additional_config = {**others, CONFIG_KEY: {"role": role, "graphs": graphs}}
-    return configs
 
 
 def build_member(role: str, member_config: VllmConfig, prefix: str) -> nn.Module:
@@ -154,19 +89,15 @@ def _backend_of(
 ) -> type[AttentionBackend]:
     """The backend, with metadata made for a model of ``model_config``."""
 
-    def of_member(vllm_config: VllmConfig) -> VllmConfig:
-        # Not vLLM's `replace`, which checks and completes the configuration anew.
-        config = copy.copy(vllm_config)
-        config.model_config = model_config
-        return config
-
     class MemberBuilder(backend.get_builder_cls()):  # type: ignore[misc]
         def __init__(self, kv_cache_spec, layer_names, vllm_config, device, **kwargs) -> None:
-            super().__init__(kv_cache_spec, layer_names, of_member(vllm_config), device, **kwargs)
+            own = view(vllm_config, model_config)
+            super().__init__(kv_cache_spec, layer_names, own, device, **kwargs)
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
-            return super().get_cudagraph_support(of_member(vllm_config), kv_cache_spec)
+            own = view(vllm_config, model_config)
+            return super().get_cudagraph_support(own, kv_cache_spec)
 
     return subclass_attention_backend(f"{role}_", backend, MemberBuilder)
 
@@ -186,11 +117,14 @@ def load_member(role: str, member: nn.Module, member_config: VllmConfig) -> None
     with naming_member(role, member_config):
         loader = get_model_loader(member_config.load_config)
         loader.load_weights(member, member_config.model_config)
-        retie_embeddings(member, member_config)
 
 
 def retie_embeddings(member: nn.Module, member_config: VllmConfig) -> None:
-    """Share an output head that equals the input embeddings, as vLLM does for a single model."""
+    """Share an output head that equals the input embeddings, as vLLM does for a single model.
+
+    After the first load only: when weights are loaded again, vLLM keeps layers without storage
+    (on ``meta``) until the whole composite is done, and a shared head stays shared.
+    """
     maybe_retie_word_embeddings(member, member_config.model_config)
 
 

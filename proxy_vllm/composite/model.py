@@ -16,11 +16,11 @@ from vllm.sequence import IntermediateTensors
 
 from proxy_vllm.composite.formula import combine_logits
 from proxy_vllm.composite.heads import FusedHeads, ShardedHeads, Shards
+from proxy_vllm.composite.member_configs import member_vllm_configs
 from proxy_vllm.composite.members import (
     build_member,
     give_own_attention,
     load_member,
-    member_vllm_configs,
     naming_member,
     retie_embeddings,
     separate_attention,
@@ -302,11 +302,13 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         """Load the base from ``weights`` and the small members from their own checkpoints."""
         with naming_member("base", self.member_configs["base"]):
             loaded = self.base.load_weights(weights)
-            retie_embeddings(self.base, self.member_configs["base"])
         for role in ROLES[1:]:
             load_member(role, getattr(self, role), self.member_configs[role])
+        if not self.weights_loaded:
+            for role in ROLES:
+                retie_embeddings(getattr(self, role), self.member_configs[role])
+            self.member_weight_bytes = {role: weight_bytes(getattr(self, role)) for role in ROLES}
         self.weights_loaded = True
-        self.member_weight_bytes = {role: weight_bytes(getattr(self, role)) for role in ROLES}
         # vLLM compares what was loaded with what exists. The small members' loaders did so for
         # theirs; a base that does not tell is taken at its word, as vLLM does.
         names = {name for name, _ in self.named_parameters()}

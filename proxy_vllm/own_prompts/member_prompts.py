@@ -38,7 +38,7 @@ class MemberPrompts:
 
     @cached_property
     def configs(self) -> "dict[str, ModelConfig]":
-        from proxy_vllm.composite.members import member_model_config
+        from proxy_vllm.composite.member_configs import member_model_config
 
         small = {
             role: member_model_config(role, self.proxy, self.base_config) for role in PROMPT_KEYS

@@ -7,8 +7,9 @@ from: methods, properties, fields, and attributes that some method of theirs set
 # vLLM class or NamedTuple -> our file -> names that it reads, sets or calls.
 ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.config:VllmConfig": {
-        "members.py": "additional_config compute_hash get_quantization_config load_config"
-        " model_config quant_config with_hf_config",
+        "member_configs.py": "additional_config compilation_config compute_hash"
+        " get_quantization_config load_config model_config parallel_config quant_config",
+        "engine_config.py": "compilation_config parallel_config",
         "model.py": "parallel_config",
         "model_state.py": "speculative_config watermark_config",
         "own_prompts/prompts.py": "compilation_config kv_transfer_config scheduler_config"
@@ -16,9 +17,11 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "own_prompts/scheduler.py": "cache_config",
     },
     "vllm.config:ModelConfig": {
-        "members.py": "allow_deprecated_quantization code_revision compute_hash config_format"
-        " disable_sliding_window dtype enforce_eager hf_config hf_config_path hf_token"
-        " max_model_len model revision seed skip_tokenizer_init tokenizer_mode trust_remote_code",
+        "member_configs.py": "allow_deprecated_quantization compute_hash config_format"
+        " disable_sliding_window dtype enforce_eager hf_overrides hf_text_config hf_token"
+        " max_model_len maybe_untie_word_embeddings model seed skip_tokenizer_init tokenizer_mode"
+        " trust_remote_code verify_with_parallel_config",
+        "engine_config.py": "get_hidden_size",
         "model.py": "get_vocab_size",
         "validate.py": "get_sliding_window get_total_num_kv_heads hf_text_config is_attention_free"
         " is_encoder_decoder is_hybrid is_multimodal_model model_arch_config runner_type tokenizer"
@@ -37,6 +40,10 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.config:CompilationConfig": {
         "own_prompts/prompts.py": "mode",
         "runner.py": "cudagraph_capture_sizes",
+    },
+    "vllm.config.compilation:PassConfig": {"engine_config.py": "fuse_allreduce_rms"},
+    "vllm.model_executor.layers.quantization.base_config:QuantizationConfig": {
+        "quantization.py": "get_quant_method online_quantization_config packed_modules_mapping"
     },
     "vllm.config:SchedulerConfig": {
         "batch/generator.py": "max_num_seqs",
@@ -210,12 +217,11 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 # vLLM callable -> our file -> "/n" for n positional arguments (the instance counts), and keywords.
 CALLS: dict[str, dict[str, str]] = {
     "vllm.config:ModelConfig": {
-        "members.py": "/0 allow_deprecated_quantization config_format disable_sliding_window dtype"
-        " enforce_eager hf_token model seed skip_tokenizer_init tokenizer_mode trust_remote_code"
+        "member_configs.py": "/0 allow_deprecated_quantization config_format"
+        " disable_sliding_window dtype enforce_eager hf_overrides hf_token language_model_only"
+        " model seed skip_tokenizer_init tokenizer_mode trust_remote_code"
     },
-    "vllm.config:VllmConfig.get_quantization_config": {"members.py": "/2"},
-    "vllm.config:VllmConfig.with_hf_config": {"members.py": "/2 architectures"},
-    "vllm.transformers_utils.config:get_config": {"members.py": "/5 token"},
+    "vllm.config:VllmConfig.get_quantization_config": {"member_configs.py": "/2"},
     "vllm.model_executor.model_loader:get_model_loader": {"members.py": "/1"},
     "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights": {
         "members.py": "/3"
@@ -298,6 +304,7 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.worker.cpu_worker:ProxyCPUWorker": "_make_model_runner init_device",
     "proxy_vllm.llm:ProxyLLM": "__init__ _add_request _preprocess_chat_one _preprocess_cmpl"
     " _preprocess_cmpl_one",
+    "proxy_vllm.composite.engine_config:CompositeConfig": "verify_and_update_config",
     "proxy_vllm.composite.model:ProxyTunedForCausalLM": "__init__ forward"
     " make_empty_intermediate_tensors",
     "proxy_vllm.worker.model_state:ProxyModelState": "__init__ add_request apply_staged_writes"
@@ -321,6 +328,7 @@ HOOKS: dict[str, dict[str, str]] = {
     "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search": {
         "self._preprocess_cmpl": ""
     },
+    "vllm.config:VllmConfig.try_verify_and_update_config": {"cls.verify_and_update_config": ""},
     "vllm.v1.worker.gpu_worker:Worker._init_workspace_and_model_runner": {
         "self._make_model_runner": ""
     },

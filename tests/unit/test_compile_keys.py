@@ -3,7 +3,7 @@
 import pytest
 from vllm import EngineArgs
 
-from proxy_vllm.composite.members import member_vllm_configs
+from proxy_vllm.composite.member_configs import member_vllm_configs
 from proxy_vllm.config import ProxyConfig
 from proxy_vllm.engine_args import apply_to_engine_args
 from proxy_vllm.plugin import register
