@@ -34,6 +34,9 @@ class ProxyConfig:
             ``{"dtype": "float32", "quantization": "fp8", "revision": "main"}``.
         antiexpert_args: the same for the antiexpert.
         allow_tokenizer_mismatch: serve members whose tokenizers disagree on a token id.
+        tokenizer_map: where a small member's tokenizer has other ids or names for the base's
+            tokens, ``{role: {the member's id: the base's id}}``. An id that is mapped to itself
+            has another name and means the same.
         expert_chat_template: Jinja by which the expert reads a chat, ``auto`` for the template of
             its own tokenizer, or None to read what the base reads.
         antiexpert_chat_template: the same for the antiexpert.
@@ -53,6 +56,7 @@ class ProxyConfig:
     expert_args: dict[str, Any] = field(default_factory=dict)
     antiexpert_args: dict[str, Any] = field(default_factory=dict)
     allow_tokenizer_mismatch: bool = False
+    tokenizer_map: dict[str, dict[int, int]] = field(default_factory=dict)
     expert_chat_template: str | None = None
     antiexpert_chat_template: str | None = None
     own_prompts: bool = False
@@ -66,6 +70,7 @@ class ProxyConfig:
         low, high = self.alpha_range
         if not (math.isfinite(low) and math.isfinite(high) and low <= high):
             raise UserError(f"alpha range {low} .. {high}: two finite numbers, lowest first")
+        object.__setattr__(self, "tokenizer_map", _checked_map(self.tokenizer_map))
         object.__setattr__(self, "alpha", self.check_alpha(self.alpha, "alpha"))
 
     def check_alpha(self, value: Any, name: str = ALPHA_KEY) -> float:
@@ -110,6 +115,16 @@ class ProxyConfig:
             )
             return self.alpha
 
+    def moved_tokens(self, role: str) -> dict[int, int]:
+        """The base's id of every id of a member's own that has another number there.
+
+        Ids whose place is taken by a mapped one move to the places that became free.
+        """
+        moves = {m: b for m, b in self.tokenizer_map.get(role, {}).items() if m != b}
+        homeless = sorted(set(moves.values()) - set(moves))
+        free = sorted(set(moves) - set(moves.values()))
+        return {**moves, **dict(zip(homeless, free, strict=True))}
+
     def member_args(self, role: str) -> dict[str, Any]:
         return dict(getattr(self, f"{role}_args"))
 
@@ -149,6 +164,26 @@ class ProxyConfig:
                 " `antiexpert`: start it with `proxy-vllm serve` or `proxy_vllm.ProxyLLM`"
             )
         return cls.from_dict(data)
+
+
+def _checked_map(given: Any) -> dict[str, dict[int, int]]:
+    """A tokenizer map with ids for keys, which are text in JSON."""
+    if not isinstance(given, dict) or not given.keys() <= set(ROLES[1:]):
+        raise UserError("the tokenizer map is {'expert': {id: the base's id}, 'antiexpert': ...}")
+    checked = {}
+    for role, ids in given.items():
+        try:
+            own = {int(m): int(b) for m, b in ids.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f"the tokenizer map of the {role} is not ids to ids: {ids!r}") from None
+        if any(index < 0 for pair in own.items() for index in pair):
+            raise UserError(f"the tokenizer map of the {role} has a negative id")
+        if len(set(own.values())) < len(own):
+            raise UserError(
+                f"the tokenizer map of the {role} gives two of its ids one of the base's"
+            )
+        checked[role] = own
+    return checked
 
 
 def check_vllm_version() -> None:

@@ -33,6 +33,7 @@ class ProxyLLM(LLM):
         alpha_range: lowest and highest ``proxy_alpha`` that a request may ask for.
         expert_args, antiexpert_args: ``vllm.config.ModelConfig`` fields of one member alone.
         allow_tokenizer_mismatch: serve members whose tokenizers disagree on a token id.
+        tokenizer_map: see ``proxy_vllm.config.ProxyConfig``.
         own_prompts: let requests give each model a prompt of its own.
         fused_head_max_batch, sampler_cuda_graphs: see ``proxy_vllm.config.ProxyConfig``.
         speculative_tokens: draft this many tokens a step with the expert.
@@ -64,6 +65,7 @@ class ProxyLLM(LLM):
         expert_args: dict[str, Any] | None = None,
         antiexpert_args: dict[str, Any] | None = None,
         allow_tokenizer_mismatch: bool = False,
+        tokenizer_map: dict[str, dict[int, int]] | None = None,
         own_prompts: bool = False,
         fused_head_max_batch: int = 0,
         sampler_cuda_graphs: bool = False,
@@ -83,6 +85,7 @@ class ProxyLLM(LLM):
             expert_args=expert_args or {},
             antiexpert_args=antiexpert_args or {},
             allow_tokenizer_mismatch=allow_tokenizer_mismatch,
+            tokenizer_map=tokenizer_map or {},
             expert_chat_template=resolve_template("expert", expert_chat_template),
             antiexpert_chat_template=resolve_template("antiexpert", antiexpert_chat_template),
             own_prompts=own_prompts,

@@ -6,13 +6,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proxy_vllm.checks.folders import check_folder, check_weights, is_folder_name, reading
+from proxy_vllm.checks.folders import (
+    FILE_FORMATS,
+    check_folder,
+    check_weights,
+    is_folder_name,
+    reading,
+)
 from proxy_vllm.checks.hub import check_hub
+from proxy_vllm.checks.tokenizers import check_tokenizers
 from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+
+# Load formats by which a model is given tensors of a checkpoint by name.
+_FORMATS_OF_TENSORS = (*FILE_FORMATS, "runai_streamer")
 
 # Methods of speculation that need the target's tokens alone.
 _DRAFTS_FROM_TOKENS = ("draft_model", "ngram", "suffix")
@@ -62,6 +72,7 @@ def validate_trio(
     check_speculation(kwargs.get("speculative_config"))
     load_format = str(kwargs.get("load_format") or "auto")
     check_load_format(load_format)
+    check_tokenizer_map(load_format, proxy)
     check_parsers(kwargs)
     check_places(kwargs, proxy)
     warn_of_no_steering(proxy)
@@ -75,7 +86,7 @@ def validate_trio(
         check_draft_vocabulary(configs)
     max_model_len = _fit_length(kwargs.get("max_model_len"), configs)
     if not proxy.allow_tokenizer_mismatch and not kwargs.get("skip_tokenizer_init"):
-        check_tokenizers(configs)
+        check_tokenizers(configs, proxy)
     return kwargs if max_model_len is None else {**kwargs, "max_model_len": max_model_len}
 
 
@@ -132,6 +143,15 @@ def check_load_format(load_format: str) -> None:
     if load_format not in loaders:
         raise UserError(
             f"--load-format {load_format} is not known: use auto, safetensors, pt or dummy"
+        )
+
+
+def check_tokenizer_map(load_format: str, proxy: ProxyConfig) -> None:
+    """Refuse formats whose loaders fill a model's tables without asking how."""
+    if proxy.tokenizer_map and load_format not in (*_FORMATS_OF_TENSORS, "dummy"):
+        raise UserError(
+            f"--load-format {load_format} reads weights as they are, and --tokenizer-map needs them"
+            " in another order: use safetensors"
         )
 
 
@@ -236,33 +256,3 @@ def check_tensor_parallel(configs: "dict[str, ModelConfig]", size: int) -> None:
                 f"{role} {config.model!r} has {heads} attention heads ({kv_heads} for keys and"
                 f" values), which --tensor-parallel-size {size} does not divide"
             )
-
-
-def check_tokenizers(configs: "dict[str, ModelConfig]") -> None:
-    """Refuse members whose tokenizers give one id to two tokens.
-
-    Ids that only one of two tokenizers knows (padding, tokens added by tuning) are no fault: the
-    small members' extra columns are cut, and missing ones shift nothing.
-    """
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    vocabularies = {}
-    for role, config in configs.items():
-        tokenizer = reading(
-            f"tokenizer of the {role}",
-            config.tokenizer,
-            partial(cached_tokenizer_from_config, config),
-        )
-        vocabularies[role] = {index: token for token, index in tokenizer.get_vocab().items()}
-    base = vocabularies["base"]
-    for role in ROLES[1:]:
-        own = vocabularies[role]
-        differing = sorted(i for i in base.keys() & own.keys() if base[i] != own[i])
-        if differing:
-            shown = "; ".join(f"{i}: {base[i]!r} / {own[i]!r}" for i in differing[:3])
-            raise UserError(
-                f"the tokenizers of base and {role} disagree on {len(differing)} token ids, first"
-                f" {shown}: use members of one family, or --allow-tokenizer-mismatch"
-            )
-        if not base.keys() & own.keys():
-            raise UserError(f"the tokenizers of base and {role} share no token id")

@@ -11,7 +11,7 @@ from proxy_vllm.errors import UserError, one_line
 T = TypeVar("T")
 
 # Load formats that read weight files from the model's folder, and what they look for there.
-_FILE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "mistral", "npcache", "pt")
+FILE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "mistral", "npcache", "pt")
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _MOST_IN_A_LINE = 400
@@ -83,7 +83,7 @@ def check_weights(role: str, folder: str, load_format: str) -> None:
     and models of the hub are left to vLLM.
     """
     root = Path(folder)
-    if load_format not in _FILE_FORMATS or not root.is_dir():
+    if load_format not in FILE_FORMATS or not root.is_dir():
         return
     found = [file for pattern in _WEIGHT_FILES for file in root.glob(pattern)]
     if not any(root.glob("consolidated*.safetensors")):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from proxy_vllm.errors import UserError
@@ -15,6 +16,14 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError('a JSON object is needed, like \'{"dtype": "float32"}\'')
     return value
+
+
+def _json_file(name: str) -> dict[str, Any]:
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name}: {error.strerror}") from None
+    return _json_object(text)
 
 
 def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +75,14 @@ def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
         help="serve members whose tokenizers disagree on a token id",
     )
     group.add_argument(
+        "--tokenizer-map",
+        type=_json_file,
+        default={},
+        metavar="FILE",
+        help="JSON of token ids of the small members that are others in the base, or have another"
+        """ name there: {"expert": {"its id": the base's id}, "antiexpert": {...}}""",
+    )
+    group.add_argument(
         "--own-prompts",
         action="store_true",
         help="let requests give each model a prompt of its own (implied by a chat template for the"
@@ -100,6 +117,7 @@ def proxy_config(args: argparse.Namespace):
         expert_args=args.expert_args,
         antiexpert_args=args.antiexpert_args,
         allow_tokenizer_mismatch=args.allow_tokenizer_mismatch,
+        tokenizer_map=args.tokenizer_map,
         expert_chat_template=resolve_template("expert", args.expert_chat_template),
         antiexpert_chat_template=resolve_template("antiexpert", args.antiexpert_chat_template),
         own_prompts=args.own_prompts,

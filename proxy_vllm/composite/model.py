@@ -26,6 +26,7 @@ from proxy_vllm.composite.members import (
     separate_attention,
     weight_bytes,
 )
+from proxy_vllm.composite.token_map import number_as_base
 from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
 from proxy_vllm.own_prompts.prompts import unsupported_reason
@@ -64,6 +65,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         for role in ROLES:
             member = build_member(role, self.member_configs[role], maybe_prefix(prefix, role))
             setattr(self, role, member)
+            if moves := self.proxy_config.moved_tokens(role):
+                number_as_base(role, member, moves)
         members = dict(zip(ROLES, self.members()))
         give_own_attention(members, self.member_configs)
         if unsupported_reason(vllm_config) is None:

@@ -56,7 +56,8 @@ class MemberPrompts:
         """Token ids of one member's prompt.
 
         Args:
-            value: text, token ids, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``.
+            value: text, token ids, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``. Ids
+                are the base's, also where a tokenizer map gives the member's own other numbers.
             add_special_tokens: to text, such as the beginning of text.
 
         Raises:
@@ -66,7 +67,9 @@ class MemberPrompts:
             value = value.get("prompt_token_ids", value.get("prompt"))
         if isinstance(value, str):
             try:
-                value = self.tokenizer(role).encode(value, add_special_tokens=add_special_tokens)
+                encoded = self.tokenizer(role).encode(value, add_special_tokens=add_special_tokens)
+                moves = self.proxy.moved_tokens(role)
+                value = [moves.get(index, index) for index in encoded]
             except (TypeError, ValueError) as error:  # half of a surrogate pair
                 raise UserError(f"the {role}'s prompt is no text that can be encoded") from error
         ids = check_ids(f"the {role}'s prompt", value)
