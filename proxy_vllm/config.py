@@ -17,6 +17,9 @@ VLLM_VERSION = "0.32.0"
 
 # The key in `SamplingParams.extra_args` and, over HTTP, in `vllm_xargs`.
 ALPHA_KEY = "proxy_alpha"
+# Drafts a step: chosen step by step, and the most that may be asked for.
+AUTO_DRAFTS = "auto"
+MAX_DRAFTS = 16
 # Our key in vLLM's `additional_config`, which enters vLLM's configuration hash.
 CONFIG_KEY = "proxy_vllm"
 
@@ -47,6 +50,8 @@ class ProxyConfig:
             crossover has been measured on a GPU.
         sampler_cuda_graphs: replay heads, combination and draw of a step as one CUDA graph. Off
             until it has been measured to be faster; one rank.
+        speculative_tokens: how many tokens the expert drafts in a step, ``"auto"`` to choose by
+            what is accepted, or None for no drafts.
     """
 
     expert: str
@@ -62,6 +67,7 @@ class ProxyConfig:
     own_prompts: bool = False
     fused_head_max_batch: int = 0
     sampler_cuda_graphs: bool = False
+    speculative_tokens: int | str | None = None
 
     def __post_init__(self) -> None:
         for role in ("expert", "antiexpert"):
@@ -72,6 +78,7 @@ class ProxyConfig:
             raise UserError(f"alpha range {low} .. {high}: two finite numbers, lowest first")
         object.__setattr__(self, "tokenizer_map", _checked_map(self.tokenizer_map))
         object.__setattr__(self, "alpha", self.check_alpha(self.alpha, "alpha"))
+        object.__setattr__(self, "speculative_tokens", _check_drafts(self.speculative_tokens))
 
     def check_alpha(self, value: Any, name: str = ALPHA_KEY) -> float:
         """Return ``value`` as a float that lies in the range, or raise ``UserError``."""
@@ -124,6 +131,11 @@ class ProxyConfig:
         homeless = sorted(set(moves.values()) - set(moves))
         free = sorted(set(moves) - set(moves.values()))
         return {**moves, **dict(zip(homeless, free, strict=True))}
+
+    @property
+    def expert_drafts(self) -> bool:
+        """Whether the expert drafts tokens for the three to verify."""
+        return self.speculative_tokens is not None
 
     def member_args(self, role: str) -> dict[str, Any]:
         return dict(getattr(self, f"{role}_args"))
@@ -184,6 +196,20 @@ def _checked_map(given: Any) -> dict[str, dict[int, int]]:
             )
         checked[role] = own
     return checked
+
+
+def _check_drafts(value: Any) -> int | str | None:
+    """Drafts a step as a number or ``"auto"``; None for none."""
+    if value in (None, AUTO_DRAFTS):
+        return value
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not 1 <= value <= MAX_DRAFTS:
+        raise UserError(
+            f"--speculative-tokens is {value}: a number from 1 to {MAX_DRAFTS}, or {AUTO_DRAFTS}"
+        )
+    return value
 
 
 def check_vllm_version() -> None:

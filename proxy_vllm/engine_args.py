@@ -4,23 +4,32 @@ import math
 import os
 from typing import Any
 
-from proxy_vllm.config import ARCHITECTURE, CONFIG_KEY, ProxyConfig
+from proxy_vllm.config import ARCHITECTURE, AUTO_DRAFTS, CONFIG_KEY, ProxyConfig
 from proxy_vllm.envs import cpu_runner
 from proxy_vllm.errors import UserError
 from proxy_vllm.own_prompts.prompts import SCHEDULER
 
 _CPU_KV_CACHE_CAP = 4 << 30
 
+# The most drafts a step that are chosen automatically.
+AUTO_MOST = 4
 
-def apply_to_engine_args(
-    kwargs: dict[str, Any], proxy: ProxyConfig, *, speculative_tokens: int | None = None
-) -> dict[str, Any]:
+_EXCLUDES_DRAFTS = {
+    "pipeline_parallel_size": "the expert is spread over the pipeline's ranks and cannot draft",
+    "decode_context_parallel_size": "drafts are not split over context-parallel ranks",
+    "prefill_context_parallel_size": "drafts are not split over context-parallel ranks",
+    "enable_trace_replay": "a replayed token is not drawn, and drafts are held against draws",
+    "return_sampling_mask": "masks of drafted positions are not kept",
+    "watermark_config": "watermarks are drawn by a sampler of vLLM's that cannot verify drafts",
+}
+
+
+def apply_to_engine_args(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str, Any]:
     """Turn keyword arguments of a plain vLLM engine into those of a proxy-tuned one.
 
     Args:
         kwargs: arguments of ``vllm.LLM`` or ``vllm.EngineArgs``, with ``model`` the base.
         proxy: the members and their strength.
-        speculative_tokens: draft this many tokens a step with the expert; None for no speculation.
 
     Returns:
         A new dictionary; what the user set is kept.
@@ -47,22 +56,13 @@ def apply_to_engine_args(
     worker = "cpu_worker.ProxyCPUWorker" if on_cpu else "gpu_worker.ProxyWorker"
     out["worker_cls"] = f"proxy_vllm.worker.{worker}"
 
-    if proxy.takes_own_prompts and out.get("scheduler_cls") is None:
+    if (proxy.takes_own_prompts or proxy.expert_drafts) and out.get("scheduler_cls") is None:
         out["scheduler_cls"] = SCHEDULER
-
-    if speculative_tokens:
-        if out.get("speculative_config"):
-            raise UserError("--speculative-tokens and --speculative-config: give one of them")
-        if speculative_tokens < 1:
-            raise UserError(f"--speculative-tokens is {speculative_tokens}: it must be at least 1")
-        out["speculative_config"] = {
-            "model": proxy.expert,
-            "method": "draft_model",
-            "num_speculative_tokens": speculative_tokens,
-        }
+    if proxy.expert_drafts:
+        out["speculative_config"] = _expert_drafts(out, proxy)
     if proxy.fused_head_max_batch > 0 and on_cpu and cpu_runner() == "v1":
         raise UserError("--fused-head-max-batch needs Model Runner V2, a GPU's: leave it out")
-    if proxy.takes_own_prompts and (excluded := _excludes_own_prompts(out, on_cpu)):
+    if proxy.takes_own_prompts and (excluded := _excludes_own_prompts(out, proxy, on_cpu)):
         raise UserError(f"--own-prompts, or a chat template of a small member: {excluded}")
     if proxy.sampler_cuda_graphs and (excluded := _excludes_sampler_graphs(out, on_cpu)):
         raise UserError(f"--sampler-cuda-graphs: {excluded}")
@@ -71,16 +71,42 @@ def apply_to_engine_args(
     return {**out, **cpu_kv_cache(out)}
 
 
-def _excludes_own_prompts(kwargs: dict[str, Any], on_cpu: bool) -> str | None:
+def _excludes_own_prompts(kwargs: dict[str, Any], proxy: ProxyConfig, on_cpu: bool) -> str | None:
     """Why engine arguments exclude prompts of each model's own, as far as they alone tell."""
     if on_cpu and cpu_runner() == "v1":
         return (
             "models with prompts of their own need a GPU, or PROXY_VLLM_CPU_RUNNER=v2 for tests on"
             " a CPU"
         )
-    if kwargs.get("speculative_config"):
-        return "speculation excludes prompts of each model's own; leave one of them out"
+    if kwargs.get("speculative_config") and not proxy.expert_drafts:
+        return (
+            "--speculative-config excludes prompts of each model's own; --speculative-tokens goes"
+            " with them"
+        )
     return None
+
+
+def _expert_drafts(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str, Any]:
+    """vLLM's configuration of speculation, for drafts of the composite's own expert.
+
+    vLLM wants to be told of a draft model with the base's vocabulary. Nothing is loaded by that
+    name: the workers put the expert in its place, whatever its vocabulary.
+    """
+    if kwargs.get("speculative_config"):
+        raise UserError("--speculative-tokens and --speculative-config: give one of them")
+    for name, why in _EXCLUDES_DRAFTS.items():
+        value = kwargs.get(name)
+        if value is True or (value and value != 1):
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"--speculative-tokens with {option} {value}: {why}; leave one out")
+    auto = proxy.speculative_tokens == AUTO_DRAFTS
+    return {
+        "model": kwargs["model"],
+        "revision": kwargs.get("revision"),
+        "code_revision": kwargs.get("code_revision"),
+        "method": "draft_model",
+        "num_speculative_tokens": AUTO_MOST if auto else proxy.speculative_tokens,
+    }
 
 
 def _excludes_sampler_graphs(kwargs: dict[str, Any], on_cpu: bool) -> str | None:

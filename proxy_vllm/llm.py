@@ -11,6 +11,7 @@ from proxy_vllm.own_prompts.chat_templates import AUTO, resolve_template
 from proxy_vllm.own_prompts.member_prompts import INPUT_KEY, MemberPrompts
 from proxy_vllm.own_prompts.prompts import check_tokenization
 from proxy_vllm.plugin import register
+from proxy_vllm.spec_decode.admission import admit_every_parameter
 from proxy_vllm.validate import validate_trio
 
 
@@ -36,7 +37,7 @@ class ProxyLLM(LLM):
         tokenizer_map: see ``proxy_vllm.config.ProxyConfig``.
         own_prompts: let requests give each model a prompt of its own.
         fused_head_max_batch, sampler_cuda_graphs: see ``proxy_vllm.config.ProxyConfig``.
-        speculative_tokens: draft this many tokens a step with the expert.
+        speculative_tokens: draft this many tokens a step with the expert, or ``"auto"``.
         base_chat_template, expert_chat_template, antiexpert_chat_template: how each member reads a
             ``chat``: ``"auto"`` (its tokenizer's own template), ``"plain"``, ``"llama-2"``,
             ``"llama-2-paper"``, a file, or Jinja (see own_prompts/chat_templates.py). A small
@@ -69,7 +70,7 @@ class ProxyLLM(LLM):
         own_prompts: bool = False,
         fused_head_max_batch: int = 0,
         sampler_cuda_graphs: bool = False,
-        speculative_tokens: int | None = None,
+        speculative_tokens: int | str | None = None,
         base_chat_template: str | None = None,
         expert_chat_template: str | None = None,
         antiexpert_chat_template: str | None = None,
@@ -91,21 +92,17 @@ class ProxyLLM(LLM):
             own_prompts=own_prompts,
             fused_head_max_batch=fused_head_max_batch,
             sampler_cuda_graphs=sampler_cuda_graphs,
+            speculative_tokens=speculative_tokens,
         )
         if base_chat_template not in (None, AUTO):
             if kwargs.get("chat_template") is not None:
                 raise UserError("base_chat_template and chat_template: give one of them")
             kwargs["chat_template"] = resolve_template("base", base_chat_template)
-        kwargs = validate_trio(
-            {**kwargs, "model": str(model)},
-            self.proxy_config,
-            speculative_tokens=speculative_tokens,
-        )
-        kwargs = apply_to_engine_args(
-            kwargs, self.proxy_config, speculative_tokens=speculative_tokens
-        )
+        kwargs = validate_trio({**kwargs, "model": str(model)}, self.proxy_config)
+        kwargs = apply_to_engine_args(kwargs, self.proxy_config)
         super().__init__(**kwargs)
 
+        admit_every_parameter(self.llm_engine)
         self.member_prompts = MemberPrompts(self.llm_engine.vllm_config)
 
     def _preprocess_cmpl(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:

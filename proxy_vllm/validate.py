@@ -1,10 +1,11 @@
 """Checks of a trio before any engine process starts: one clear line instead of a worker's trace."""
 
+import copy
 import os
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from proxy_vllm.checks.folders import (
     FILE_FORMATS,
@@ -41,15 +42,12 @@ _REFUSED = {
 }
 
 
-def validate_trio(
-    kwargs: dict[str, Any], proxy: ProxyConfig, *, speculative_tokens: int | None = None
-) -> dict[str, Any]:
+def validate_trio(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str, Any]:
     """Check that base, expert and antiexpert can run as one model.
 
     Args:
         kwargs: engine arguments of the base, as for ``vllm.EngineArgs``.
         proxy: the small members.
-        speculative_tokens: how many tokens a step the expert shall draft, if any.
 
     Returns:
         The arguments, with ``max_model_len`` set to the shortest member's limit where the user
@@ -82,8 +80,8 @@ def validate_trio(
     for role, config in configs.items():
         check_weights(role, config.model, load_format)
     check_tensor_parallel(configs, int(kwargs.get("tensor_parallel_size") or 1))
-    if speculative_tokens:
-        check_draft_vocabulary(configs)
+    if proxy.expert_drafts:
+        check_drafted(configs["base"])
     max_model_len = _fit_length(kwargs.get("max_model_len"), configs)
     if not proxy.allow_tokenizer_mismatch and not kwargs.get("skip_tokenizer_init"):
         check_tokenizers(configs, proxy)
@@ -215,13 +213,17 @@ def check_speculation(speculative_config: Any) -> None:
         )
 
 
-def check_draft_vocabulary(configs: "dict[str, ModelConfig]") -> None:
-    """Refuse an expert that cannot draft, because vLLM wants one vocabulary size for that."""
-    base, expert = (configs[role].get_vocab_size() for role in ("base", "expert"))
-    if base != expert:
+def check_drafted(base: "ModelConfig") -> None:
+    """Refuse drafts beside a base that vLLM takes for a drafter of its own (see engine_args.py)."""
+    from vllm.config.speculative import MTPModelTypes, SpeculativeConfig
+
+    kind = SpeculativeConfig.hf_config_override(copy.deepcopy(base.hf_config)).model_type
+    marks = [m for m in ("eagle-", "eagle3", "dflash", "dspark") if m in base.model.lower()]
+    if kind in get_args(MTPModelTypes) or marks:
         raise UserError(
-            f"--speculative-tokens drafts with the expert, whose vocabulary of {expert} differs"
-            f" from the base's of {base}: leave the option out"
+            f"--speculative-tokens: vLLM would take base {base.model!r} for a drafter, by its"
+            f" {'name' if marks else 'architecture'}: leave the option out"
+            + (", or name a link to the folder" if marks else "")
         )
 
 

@@ -55,10 +55,10 @@ def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
         )
     group.add_argument(
         "--speculative-tokens",
-        type=int,
         default=None,
         metavar="K",
-        help="draft K tokens a step with the expert (greedy output stays the same)",
+        help="let the expert draft K tokens a step, or auto: answers stay the same, token for token"
+        " (default: no drafts)",
     )
     for role in ("base", "expert", "antiexpert"):
         group.add_argument(
@@ -123,6 +123,7 @@ def proxy_config(args: argparse.Namespace):
         own_prompts=args.own_prompts,
         fused_head_max_batch=args.fused_head_max_batch,
         sampler_cuda_graphs=args.sampler_cuda_graphs,
+        speculative_tokens=args.speculative_tokens,
     )
 
 
@@ -152,8 +153,6 @@ def apply_to_namespace(args: argparse.Namespace) -> None:
         if getattr(args, "chat_template", None) is not None:
             raise UserError("--base-chat-template and --chat-template: give one of them")
         args.chat_template = resolve_template("base", args.base_chat_template)
-    drafts = args.speculative_tokens
-    kwargs = validate_trio(vars(args), proxy, speculative_tokens=drafts)
-    kwargs = apply_to_engine_args(kwargs, proxy, speculative_tokens=drafts)
+    kwargs = apply_to_engine_args(validate_trio(vars(args), proxy), proxy)
     for name, value in kwargs.items():
         setattr(args, name, value)

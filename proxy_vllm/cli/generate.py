@@ -148,7 +148,6 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **{field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)},
         **{field.name: getattr(proxy, field.name) for field in dataclasses.fields(proxy)},
-        "speculative_tokens": args.speculative_tokens,
         "chat_template": args.chat_template,
         "base_chat_template": args.base_chat_template,
     }

@@ -129,7 +129,10 @@ def unsupported_reason(vllm_config: "VllmConfig") -> str | None:
     if not ProxyConfig.from_vllm_config(vllm_config).takes_own_prompts:
         return "start the engine with own_prompts=True (--own-prompts)"
     found = {
-        "speculation (--speculative-tokens)": vllm_config.speculative_config is not None,
+        "--speculative-config": (
+            vllm_config.speculative_config is not None
+            and not ProxyConfig.from_vllm_config(vllm_config).expert_drafts
+        ),
         "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,

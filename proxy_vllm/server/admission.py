@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from proxy_vllm.config import ALPHA_KEY, ProxyConfig
 from proxy_vllm.errors import UserError
 from proxy_vllm.own_prompts.prompts import PROMPT_KEYS, RESOLVED_KEY, check_tokenization
+from proxy_vllm.spec_decode.admission import admit_every_parameter
 
 _XARGS = "vllm_xargs"
 _OUR_KEYS = (ALPHA_KEY, *PROMPT_KEYS.values())
@@ -116,6 +117,7 @@ class AdmissionMiddleware:
         """Check a body; return it rewritten if prompts of the small members were put in."""
         if self._proxy is None:
             self._proxy = ProxyConfig.from_vllm_config(state.vllm_config)
+            admit_every_parameter(state.engine_client)
         proxy = self._proxy
         templates = any(proxy.chat_template_of(role) is not None for role in PROMPT_KEYS)
         if templates and path.endswith(_WITHOUT_TEMPLATES):

@@ -14,6 +14,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from proxy_vllm.config import ProxyConfig
+from proxy_vllm.spec_decode.v1_runner import let_the_expert_draft
 from proxy_vllm.worker.gpu_worker import ProxyWorker
 from proxy_vllm.worker.model_runner import ProxyModelRunner
 
@@ -26,6 +27,14 @@ class ProxyCPUModelRunner(CPUModelRunner):
         self.proxy_config = ProxyConfig.from_vllm_config(vllm_config)
         # Alpha of each request, and the parameters that it was read from.
         self.alphas: dict[str, tuple[SamplingParams | None, float]] = {}
+        if self.proxy_config.expert_drafts:
+            let_the_expert_draft(self)
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        """A request at the limit has no slots to draft into, and stops no other."""
+        if self.proxy_config.expert_drafts:
+            return common_attn_metadata is not None
+        return super()._input_fits_in_drafter(common_attn_metadata)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)

@@ -1,6 +1,9 @@
 """Model Runner V2 for proxy-tuned models: sampling straight from the three members' logits."""
 
+from typing import Any
+
 import torch
+from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import graph_capture
 from vllm.logger import init_logger
 from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
@@ -9,10 +12,20 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.structured_outputs import grammar_invalid_drafts
 
+from proxy_vllm.config import ProxyConfig
 from proxy_vllm.kernels.combine_sample import batch_kinds
 from proxy_vllm.kernels.row_parameters import RowParameters
-from proxy_vllm.worker.sampler import ProxySampler, merge, merge_logprobs, select_rows
+from proxy_vllm.spec_decode.speculator import ExpertSpeculator
+from proxy_vllm.spec_decode.verification import DraftVerifier
+from proxy_vllm.worker.sampler import (
+    ProxySampler,
+    logit_rows,
+    merge,
+    merge_logprobs,
+    select_requests,
+)
 from proxy_vllm.worker.sampler_graphs import Record, SamplerGraphs, cuda_graph_recorder
 
 logger = init_logger(f"vllm.{__name__}")
@@ -21,7 +34,14 @@ logger = init_logger(f"vllm.{__name__}")
 class ProxyModelRunner(GPUModelRunner):
     """vLLM's runner, with the fused path wherever the sampler covers a row (see sampler.py)."""
 
+    speculator: Any
     sampler_graphs: SamplerGraphs | None = None
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        if self.speculator is not None and ProxyConfig.from_vllm_config(vllm_config).expert_drafts:
+            # In place of vLLM's drafter, which has no weights yet.
+            self.speculator = ExpertSpeculator(vllm_config, device)
 
     @torch.inference_mode()
     def warm_up_sampler(self) -> None:
@@ -111,43 +131,56 @@ class ProxyModelRunner(GPUModelRunner):
         input_batch: InputBatch,
         grammar_output: GrammarOutput | None,
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        sampler = self.sampler
+        sampler, verifier = self.sampler, self.rejection_sampler
+        drafted = input_batch.num_draft_tokens > 0
         if (
             not isinstance(sampler, ProxySampler)
             or not sampler.fusable
             or self.batch_sharder is not None
-            or input_batch.num_draft_tokens > 0
+            or (drafted and not isinstance(verifier, DraftVerifier))
         ):
             return super().sample(hidden_states, input_batch, grammar_output)
         grammar_ids = grammar_output.structured_output_request_ids if grammar_output else []
-        rows = sampler.rows_of_distribution(input_batch, grammar_ids)
-        if len(rows) == input_batch.num_reqs:
+        others = sampler.requests_of_distribution(input_batch, grammar_ids)
+        if len(others) == input_batch.num_reqs:
             return super().sample(hidden_states, input_batch, grammar_output)
 
-        scored = sampler.rows_of_logprobs(input_batch, rows)
+        scored = sampler.requests_of_logprobs(input_batch, others)
         graphs = self.sampler_graphs
-        if graphs is not None and not len(rows) and graphs.holds(input_batch.num_reqs):
+        if (
+            graphs is not None
+            and not len(others)
+            and not drafted
+            and graphs.holds(input_batch.num_reqs)
+        ):
             output = sampler.output_of(graphs.sample(hidden_states, input_batch), input_batch)
             return output, output.num_sampled, output.num_rejected
 
         hidden, alpha = self.model.unpack(hidden_states[input_batch.logits_indices])
         parameters = sampler.rows_of(input_batch, alpha)
-        if len(rows) or len(scored):
+        if len(others) or len(scored):
             logits = self.model.logits_for_sampling(hidden)
             tokens = sampler.draw(logits, parameters)
         else:
             tokens = self.draw(hidden, parameters)
         output = sampler.output_of(tokens, input_batch)
         if len(scored):
-            index = async_tensor_h2d(scored, device=self.device)
+            index = async_tensor_h2d(logit_rows(input_batch, scored), device=self.device)
             found = sampler.logprobs_by_shards(logits, alpha, tokens, input_batch, scored, index)
             merge_logprobs(output, found, index)
-        if len(rows):
-            part, index = select_rows(input_batch, rows, self.device)
+        if len(others):
+            part, index = select_requests(input_batch, others, self.device)
             combined = self.model.combine(logits, alpha, index)
             if grammar_output is not None:
                 self.structured_outputs_worker.apply_grammar_bitmask(
                     combined, part, grammar_ids, grammar_output.grammar_bitmask
                 )
             output = merge(output, sampler(combined, part), index)
+        if drafted:
+            invalid = None
+            if grammar_output is not None:
+                invalid = grammar_invalid_drafts(
+                    input_batch, grammar_ids, grammar_output.num_acceptable_drafts
+                )
+            output = verifier.accept(output, input_batch, invalid)
         return output, output.num_sampled, output.num_rejected

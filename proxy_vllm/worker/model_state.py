@@ -160,7 +160,7 @@ class ProxyModelState(DefaultModelState):
         return inputs
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
-        """Model Runner V2's hook: our sampler, and vLLM's draft verification on top of it."""
+        """Model Runner V2's hook: our sampler, and draft verification on top of it."""
         from proxy_vllm.worker.sampler import ProxySampler
 
         if self.vllm_config.watermark_config is not None:
@@ -170,6 +170,10 @@ class ProxyModelState(DefaultModelState):
         speculative = self.vllm_config.speculative_config
         if speculative is None:
             return ours, None
-        from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+        if speculative.rejection_sample_method != "standard":
+            from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-        return ours, RejectionSampler(ours, speculative, self.device)
+            return ours, RejectionSampler(ours, speculative, self.device)
+        from proxy_vllm.spec_decode.verification import DraftVerifier
+
+        return ours, DraftVerifier(ours, speculative.num_speculative_tokens)

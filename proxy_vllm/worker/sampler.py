@@ -11,9 +11,12 @@ Two paths, chosen for each row, so that one special row does not slow the batch:
 Over tensor-parallel ranks, log-probabilities alone do not make a row special: the ranks exchange
 their candidates and log-sum-exps instead of logits.
 
-The whole batch takes the second path where vLLM replaces or wraps sampling: draft verification,
-batch-sharded sampling, sampling-mask and trace replay, counting NaN logits, and watermarking, for
-which vLLM has a sampler of its own.
+The whole batch takes the second path where vLLM replaces or wraps sampling: batch-sharded sampling,
+sampling-mask and trace replay, counting NaN logits, and watermarking, for which vLLM has a sampler
+of its own.
+
+A request that verifies drafts has a row of logits for each of them and one more; a row is drawn as
+if it stood alone (see ``spec_decode/verification.py``).
 
 Alpha reaches both paths by one road, as bits in the hidden states (see ``composite/model.py``),
 because vLLM's own code between the model and ``compute_logits`` picks rows of hidden states and
@@ -108,18 +111,18 @@ class ProxySampler(Sampler):
             or (budget is not None and budget[req_idx])
         )
 
-    def rows_of_distribution(
+    def requests_of_distribution(
         self, input_batch: InputBatch, grammar_req_ids: list[str]
     ) -> np.ndarray:
-        """Batch rows, ascending, that must go through vLLM's own sampler."""
+        """Requests of the batch, ascending, that must go through vLLM's own sampler."""
         needs = self.needs_distribution[input_batch.idx_mapping_np]
         if grammar_req_ids:
             constrained = set(grammar_req_ids)
             needs = needs | np.array([r in constrained for r in input_batch.req_ids])
         return np.flatnonzero(needs)
 
-    def rows_of_logprobs(self, input_batch: InputBatch, others: np.ndarray) -> np.ndarray:
-        """Batch rows, ascending, that want log-probabilities and are not among the others."""
+    def requests_of_logprobs(self, input_batch: InputBatch, others: np.ndarray) -> np.ndarray:
+        """Requests, ascending, that want log-probabilities and are not among the others."""
         wants = self.sampling_states.num_logprobs[input_batch.idx_mapping_np] != NO_LOGPROBS
         wants[others] = False
         return np.flatnonzero(wants)
@@ -168,15 +171,15 @@ class ProxySampler(Sampler):
     def logprobs_by_shards(
         self,
         shards: Shards,
-        alpha: torch.Tensor,  # [B] float32
-        tokens: torch.Tensor,  # [B] int64
+        alpha: torch.Tensor,  # [N] float32
+        tokens: torch.Tensor,  # [N] int64
         input_batch: InputBatch,
-        rows: np.ndarray,
-        index: torch.Tensor,  # the rows on the device
+        requests: np.ndarray,
+        index: torch.Tensor,  # their rows of logits, on the device
     ) -> LogprobsTensors:
-        """Of some rows, whose logits lie on several ranks."""
+        """Of some requests, whose logits lie on several ranks."""
         assert self.exchange is not None
-        slots = input_batch.idx_mapping_np[rows]
+        slots = input_batch.idx_mapping_np[requests]
         base, expert, antiexpert = (shard[index] for shard in shards.logits)
         ids, scores, ranks = ShardedSampler(self.exchange).logprobs(
             base,
@@ -191,7 +194,7 @@ class ProxySampler(Sampler):
         return LogprobsTensors(ids, scores, ranks + 1)  # vLLM counts ranks from 1
 
     def output_of(self, tokens: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
-        """vLLM's output for tokens ``[B]`` of which none asks for more than itself."""
+        """vLLM's output for tokens ``[N]`` of which none asks for more than itself."""
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             input_batch.seq_lens.new_ones(input_batch.num_reqs),
             input_batch.seq_lens,
@@ -208,30 +211,43 @@ class ProxySampler(Sampler):
         )
 
 
-def select_rows(
-    input_batch: InputBatch, rows: np.ndarray, device: torch.device
+def logit_rows(input_batch: InputBatch, requests: np.ndarray) -> np.ndarray:
+    """The rows of logits of some requests, ascending: one each, and one more for each draft."""
+    starts = input_batch.cu_num_logits_np
+    if input_batch.num_draft_tokens == 0:
+        return requests
+    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in requests])
+
+
+def select_requests(
+    input_batch: InputBatch, requests: np.ndarray, device: torch.device
 ) -> tuple[InputBatch, torch.Tensor]:
-    """The batch of some rows alone, as far as a sampler reads it, and the rows on the device."""
-    index = async_tensor_h2d(rows, device=device)
-    count = len(rows)
-    starts = np.arange(count + 1, dtype=input_batch.cu_num_logits_np.dtype)
+    """The batch of some requests alone, as far as a sampler reads it, and their rows of logits."""
+    index = async_tensor_h2d(requests, device=device)
+    rows = async_tensor_h2d(logit_rows(input_batch, requests), device=device)
+    drafts = input_batch.num_draft_tokens_per_req
+    drafts = None if drafts is None else drafts[requests]
+    counts = np.ones(len(requests), dtype=int) if drafts is None else 1 + drafts
+    starts = np.zeros(len(requests) + 1, dtype=input_batch.cu_num_logits_np.dtype)
+    np.cumsum(counts, out=starts[1:])
     batch = replace(
         input_batch,
-        req_ids=[input_batch.req_ids[i] for i in rows],
-        num_reqs=count,
-        num_reqs_after_padding=count,
-        num_draft_tokens_per_req=None,
+        req_ids=[input_batch.req_ids[i] for i in requests],
+        num_reqs=len(requests),
+        num_reqs_after_padding=len(requests),
+        num_draft_tokens=0 if drafts is None else int(drafts.sum()),
+        num_draft_tokens_per_req=drafts,
         idx_mapping=input_batch.idx_mapping[index],
-        idx_mapping_np=input_batch.idx_mapping_np[rows],
-        expanded_idx_mapping=input_batch.expanded_idx_mapping[index],
-        expanded_local_pos=input_batch.expanded_local_pos[index],
+        idx_mapping_np=input_batch.idx_mapping_np[requests],
+        expanded_idx_mapping=input_batch.expanded_idx_mapping[rows],
+        expanded_local_pos=input_batch.expanded_local_pos[rows],
         seq_lens=input_batch.seq_lens[index],
-        seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(rows)],
-        logits_indices=input_batch.logits_indices[index],
-        cu_num_logits=torch.arange(count + 1, dtype=input_batch.cu_num_logits.dtype, device=device),
+        seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(requests)],
+        logits_indices=input_batch.logits_indices[rows],
+        cu_num_logits=async_tensor_h2d(starts, device=device),
         cu_num_logits_np=starts,
     )
-    return batch, index
+    return batch, rows
 
 
 def merge(output: SamplerOutput, part: SamplerOutput, index: torch.Tensor) -> SamplerOutput:

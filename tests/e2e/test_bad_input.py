@@ -246,12 +246,13 @@ CASES = {
         ["--antiexpert-args", '{"dtype": "float33"}'],
         ["antiexpert", "float33"],
     ),
-    "draft of another vocabulary": (
-        {"expert": "128 tokens"},
-        ["--speculative-tokens", "2"],
-        ["--speculative-tokens", "expert", "128", "111"],
-    ),
     "no drafts": ({}, ["--speculative-tokens", "-1"], ["--speculative-tokens is -1"]),
+    "too many drafts": ({}, ["--speculative-tokens", "99"], ["is 99", "from 1 to 16", "auto"]),
+    "drafts over a pipeline": (
+        {},
+        ["--speculative-tokens", "2", "--pipeline-parallel-size", "2"],
+        ["--speculative-tokens", "--pipeline-parallel-size 2", "cannot draft"],
+    ),
     "two ways to speculate": (
         {},
         ["--speculative-tokens", "2", "--speculative-config", '{"method": "ngram"}'],

@@ -19,12 +19,12 @@ def test_engine_arguments_keep_what_the_user_set():
         "additional_config": {"mine": 1},
         "kv_cache_memory_bytes": 123,
     }
-    out = apply_to_engine_args(kwargs, ProxyConfig(**MEMBERS), speculative_tokens=3)
+    out = apply_to_engine_args(kwargs, ProxyConfig(**MEMBERS, speculative_tokens=3))
     assert out["hf_overrides"]["rope_theta"] == 1e6
     assert out["additional_config"]["mine"] == 1
     assert out["additional_config"][CONFIG_KEY]["expert"] == "e"
     assert out["kv_cache_memory_bytes"] == 123
-    assert out["speculative_config"]["model"] == "e"
+    assert out["speculative_config"]["num_speculative_tokens"] == 3
     assert kwargs["hf_overrides"] == {"rope_theta": 1e6}, "the caller's dictionary is not changed"
 
 
@@ -34,14 +34,27 @@ def test_engine_arguments_keep_what_the_user_set():
         ({"worker_cls": "my.Worker"}, None, "worker_cls"),
         ({"hf_overrides": len}, None, "hf_overrides"),
         ({"speculative_config": {"method": "ngram"}}, 2, "--speculative-config"),
-        ({}, -1, "--speculative-tokens"),
+        ({"pipeline_parallel_size": 2}, 2, "--pipeline-parallel-size 2.*cannot draft"),
+        ({"pipeline_parallel_size": 2}, "auto", "--pipeline-parallel-size 2.*cannot draft"),
+        ({"return_sampling_mask": True}, 2, "--return-sampling-mask"),
+        ({"enable_trace_replay": True}, 2, "--enable-trace-replay"),
+        ({}, -1, "--speculative-tokens is -1: a number from 1 to 16"),
+        ({}, 0, "--speculative-tokens is 0"),
+        ({}, "17", "--speculative-tokens is 17"),
+        ({}, "some", "--speculative-tokens is some"),
+        ({}, 2.0, "--speculative-tokens is 2.0"),
+        ({}, True, "--speculative-tokens is True"),
     ],
 )
 def test_arguments_that_cannot_be_honoured(kwargs, tokens, named):
     with pytest.raises(UserError, match=named):
-        apply_to_engine_args(
-            {"model": "b", **kwargs}, ProxyConfig(**MEMBERS), speculative_tokens=tokens
-        )
+        proxy = ProxyConfig(**MEMBERS, speculative_tokens=tokens)
+        apply_to_engine_args({"model": "b", **kwargs}, proxy)
+
+
+def test_drafts_a_step_as_typed():
+    assert ProxyConfig(**MEMBERS, speculative_tokens="4").speculative_tokens == 4
+    assert not ProxyConfig(**MEMBERS).expert_drafts
 
 
 @pytest.mark.parametrize(
