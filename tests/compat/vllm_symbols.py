@@ -6,6 +6,26 @@ from: methods, properties, fields, and attributes that some method of theirs set
 
 # vLLM class or NamedTuple -> our file -> names that it reads, sets or calls.
 ATTRIBUTES: dict[str, dict[str, str]] = {
+    "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator": {
+        "spec_decode/speculator.py": "_build_uniform_attn_metadata _build_uniform_batch_dp_sync"
+        " _prepare_eplb_forward _update_draft_decode_metadata attn_groups block_tables"
+        " draft_attn_layer_names draft_max_seq_len draft_tokens idx_mapping input_buffers"
+        " kv_cache_config max_model_len max_num_reqs model model_state num_speculative_steps seeds"
+        " supports_decode_metadata_update temperature use_fp64_gumbel"
+    },
+    "vllm.v1.spec_decode.draft_model:DraftModelProposer": {
+        "spec_decode/v1_runner.py": "_draft_attn_layer_names _get_slot_mapping arange block_size"
+        " hidden_states input_ids inputs_embeds positions token_arange_np"
+    },
+    "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor": {
+        "spec_decode/v1_runner.py": "min_toks"
+    },
+    "vllm.v1.sample.logits_processor.builtin:LogitBiasLogitsProcessor": {
+        "spec_decode/v1_runner.py": "biases"
+    },
+    "vllm.v1.engine.input_processor:InputProcessor": {
+        "spec_decode/admission.py": "speculative_config"
+    },
     "vllm.config:VllmConfig": {
         "member_configs.py": "additional_config compilation_config compute_hash"
         " get_quantization_config load_config model_config parallel_config quant_config",
@@ -92,7 +112,11 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         " max_num_tokens model model_config query_start_loc requests",
         "worker.py": "get_model",
     },
-    "vllm.v1.worker.gpu_input_batch:InputBatch": {"cpu_worker.py": "generators num_reqs req_ids"},
+    "vllm.v1.worker.gpu_input_batch:InputBatch": {
+        "cpu_worker.py": "generators num_reqs req_ids",
+        "spec_decode/v1_runner.py": "_make_sampling_metadata logitsprocs req_output_token_ids"
+        " sampling_metadata",
+    },
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": {"cpu_worker.py": "sampling_params"},
     "vllm.v1.utils:CpuGpuBuffer": {"cpu_worker.py": "np"},
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": {
@@ -240,6 +264,24 @@ CALLS: dict[str, dict[str, str]] = {
     },
     "vllm.distributed:tensor_model_parallel_all_gather": {"heads.py": "/1"},
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler": {"model_state.py": "/3"},
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:gather_draft_sampled": {
+        "spec_decode/verification.py": "/6"
+    },
+    "vllm.v1.worker.gpu.structured_outputs:grammar_invalid_drafts": {"runner.py": "/3"},
+    "vllm.v1.worker.gpu.sample.gumbel:gumbel_sample": {
+        "spec_decode/speculator.py": "/5 apply_temperature is_drafting use_fp64"
+    },
+    "vllm.v1.worker.gpu.dp_utils:dispatch_cg_and_sync_dp": {
+        "spec_decode/speculator.py": "/3 dp_rank dp_size dp_sync_state need_eager"
+        " uniform_token_count"
+    },
+    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+    "._update_positions_dependent_metadata": {"spec_decode/v1_runner.py": "/6"},
+    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+    "._determine_batch_execution_and_padding": {"spec_decode/v1_runner.py": "/2"},
+    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+    ".build_per_group_and_layer_attn_metadata": {"spec_decode/v1_runner.py": "/3"},
+    "vllm.config.speculative:SpeculativeConfig.hf_config_override": {"validate.py": "/1"},
     "vllm.v1.worker.gpu.input_batch:get_num_sampled_and_rejected": {"sampler.py": "/5"},
     "vllm.v1.worker.gpu.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask": {
         "runner.py": "/5"
@@ -299,8 +341,12 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.cli.demo:DemoSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.generate:GenerateSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.serve:ProxyServeSubcommand": "cmd subparser_init validate",
+    "proxy_vllm.spec_decode.speculator:ExpertSpeculator": "__init__ capture init_cudagraph_manager"
+    " load_draft_model load_model propose",
+    "proxy_vllm.spec_decode.v1_runner:ExpertProposer": "load_model propose",
+    "proxy_vllm.spec_decode.v1_runner:DraftVerifier": "__init__ forward",
     "proxy_vllm.worker.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync"
-    " _model_forward _sample load_model warming_up_model",
+    " _input_fits_in_drafter _model_forward _sample load_model warming_up_model",
     "proxy_vllm.worker.cpu_worker:ProxyCPUWorker": "_make_model_runner init_device",
     "proxy_vllm.llm:ProxyLLM": "__init__ _add_request _preprocess_chat_one _preprocess_cmpl"
     " _preprocess_cmpl_one",
@@ -312,8 +358,8 @@ OVERRIDES: dict[str, str] = {
     " prepare_dummy_inputs prepare_inputs remove_request",
     "proxy_vllm.own_prompts.scheduler:ProxyScheduler": "__init__ _free_request add_request schedule"
     " update_from_output",
-    "proxy_vllm.worker.model_runner:ProxyModelRunner": "capture_model gather_batch_req_state"
-    " sample shutdown",
+    "proxy_vllm.worker.model_runner:ProxyModelRunner": "__init__ capture_model"
+    " gather_batch_req_state sample shutdown",
     "proxy_vllm.worker.sampler:ProxySampler": "__init__ add_request",
     "proxy_vllm.server.ray_serve:_Parser": "error",
     "proxy_vllm.worker.gpu_worker:ProxyWorker": "_make_model_runner compile_or_warm_up_model"

@@ -403,11 +403,10 @@ def test_the_v1_runner_refuses_and_names_the_way_out(trio):
 
 
 @v2
-def test_speculation_excludes_own_prompts(trio):
-    with pytest.raises(UserError, match="speculation"):
-        ProxyLLM(**trio, speculative_tokens=2, expert_chat_template="plain")
-    with pytest.raises(UserError, match="speculation"):
-        ProxyLLM(**trio, speculative_tokens=2, own_prompts=True)
+def test_other_drafters_exclude_own_prompts(trio):
+    drafts = {"method": "ngram", "num_speculative_tokens": 2}
+    with pytest.raises(UserError, match="--speculative-config excludes"):
+        ProxyLLM(**trio, speculative_config=drafts, own_prompts=True)
 
 
 @v2
