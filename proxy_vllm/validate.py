@@ -252,9 +252,16 @@ def check_tensor_parallel(configs: "dict[str, ModelConfig]", size: int) -> None:
     """Refuse a tensor-parallel size by which a member's attention heads cannot be divided."""
     for role, config in configs.items():
         heads = config.model_arch_config.total_num_attention_heads
-        kv_heads = config.get_total_num_kv_heads()
-        if heads % size or (kv_heads % size and size % kv_heads):
-            raise UserError(
-                f"{role} {config.model!r} has {heads} attention heads ({kv_heads} for keys and"
-                f" values), which --tensor-parallel-size {size} does not divide"
-            )
+        check_heads(f"{role} {config.model!r}", heads, config.get_total_num_kv_heads(), size)
+
+
+def check_heads(name: str, heads: int, kv_heads: int, size: int) -> None:
+    """Refuse a tensor-parallel size that vLLM cannot cut these heads into.
+
+    Each rank takes a share of the attention heads, and whole KV heads or a copy of one.
+    """
+    if heads % size or (kv_heads % size and size % kv_heads):
+        raise UserError(
+            f"{name} has {heads} attention heads ({kv_heads} for keys and values), which"
+            f" --tensor-parallel-size {size} does not divide"
+        )

@@ -1,7 +1,7 @@
 """`proxy-vllm plan`: fit, KV cache and speed of a trio on a GPU, from three config.json files.
 
-Imports neither torch nor vLLM, so that it answers at once, also where vLLM is not installed; the
-subcommand therefore only has the shape of `vllm.entrypoints.cli.types.CLISubcommand`.
+Imports no vLLM, so that it runs where vLLM is not installed; the subcommand therefore only has the
+shape of `vllm.entrypoints.cli.types.CLISubcommand`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from proxy_vllm.plan.roofline import Plan
 
 
@@ -44,6 +46,8 @@ class PlanSubcommand:
             tp=args.tensor_parallel_size,
             gpu_memory_utilization=args.gpu_memory_utilization,
             reserve_gib=args.reserve_gib,
+            speculative_tokens=args.speculative_tokens,
+            acceptance=args.acceptance,
         )
         if args.json == "-":
             print(json.dumps(result.to_dict(), indent=2))
@@ -90,6 +94,18 @@ class PlanSubcommand:
             default=RESERVE_GIB,
             help="kept on each GPU for CUDA context, activations, logits and CUDA graphs "
             "(default %(default)s)",
+        )
+        parser.add_argument(
+            "--speculative-tokens",
+            type=int,
+            metavar="K",
+            help="also the speed with K drafts of the expert a round; needs --acceptance",
+        )
+        parser.add_argument(
+            "--acceptance",
+            type=float,
+            metavar="A",
+            help="probability from 0 to 1 that a draft is accepted",
         )
         parser.add_argument("--json", metavar="FILE", help="write the figures; - for stdout only")
         return parser
@@ -140,9 +156,40 @@ def print_plan(result: Plan) -> None:
         "tokens the KV cache holds", f"{result.kv_tokens:,}", f"{result.base_kv_tokens:,}"
     )
     console.print(speed)
+    if result.speculation is not None:
+        _print_speculation(console, result)
     console.print(verdict(result))
+    if result.kv_tokens_one_table != result.kv_tokens:
+        console.print(
+            f"with one block table for all layers, as for own prompts, the KV cache holds"
+            f" {result.kv_tokens_one_table:,} tokens: layers with windows then keep every token"
+        )
     for note in result.notes:
         console.print(f"note: {escape(note)}")
+
+
+def _print_speculation(console: Console, result: Plan) -> None:
+    """With drafts: beside the base alone, and beside the base with the same drafter."""
+    from rich.table import Table
+
+    drafts = result.speculation
+    assert drafts is not None
+    table = Table(
+        f"{drafts.speculative_tokens} drafts, {drafts.acceptance:g} accepted",
+        "tokens/s, at most",
+        "over base alone",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = {
+        "base alone": result.base_tokens_per_s,
+        "base alone, expert as its drafter": drafts.peer_tokens_per_s,
+        "proxy-tuned": result.tokens_per_s,
+        "proxy-tuned, expert drafts": drafts.tokens_per_s,
+    }
+    for label, speed in rows.items():
+        table.add_row(label, f"{speed:,.0f}", f"{speed / result.base_tokens_per_s:.2f}x")
+    console.print(table)
 
 
 def _gib(size: float) -> str:

@@ -2,6 +2,8 @@
 
 | module | what it holds |
 |---|---|
-| `model_size.py` | parameters, weights and KV-cache bytes of a model, from its configuration |
+| `config_file.py` | `config.json` of a folder or of the hub |
+| `decoder.py` | parameters and caches of the model that Transformers builds from it |
+| `model_size.py` | bytes and operations of one model |
 | `roofline.py` | memory and time of a trio on a GPU |
 """

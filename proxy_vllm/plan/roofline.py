@@ -4,23 +4,31 @@ A step's floor is a sum of phases, each at the slower of its memory and its arit
 phases of one step follow each other:
 
     matrices   max(bytes of weights / bandwidth,  2 * batch * weights / peak)       each model
-    attention  max(bytes of KV cache / bandwidth, 4 * batch * context * ... / peak) each model
+    attention  max(bytes of caches / bandwidth, operations on what is attended / peak)  each model
     sampling   batch * (sum of the models' vocabularies) * dtype bytes / bandwidth
 
 Weights count once a step, LM heads among them (a tied table is read whole by the head); of an
-untied token table one row a token is read, which is not counted. Launch gaps, activations and
-communication between ranks are not counted either, so a measured step lies above the floor.
+untied token table one row a token is read, which is not counted. A layer with a window reads its
+window, a latent layer its latents, and a state is read and written. Launch gaps, activations and
+communication between ranks are not counted, so a measured step lies above the floor.
 A tensor-parallel rank reads 1/T of the weights and its own KV heads.
+
+Memory is what sequences of `context` tokens hold: of layers with windows the window alone, and each
+state once. vLLM's pages and groups round this up, which `tests/unit/test_plan_memory.py` bounds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from proxy_vllm.errors import UserError
-from proxy_vllm.plan.model_size import DTYPE_BYTES, ConfigSource, ModelShape, model_shape
+from proxy_vllm.plan.config_file import ConfigSource
+from proxy_vllm.plan.model_size import DTYPE_BYTES, ElementBytes, ModelShape, model_shape
+from proxy_vllm.plan.speculation import Speculation, speculation
+from proxy_vllm.validate import check_heads
 
 GIB = 1 << 30
 KV_DTYPE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, **DTYPE_BYTES}
@@ -115,22 +123,25 @@ def step_floor(
     tp: int = 1,
     dtype_bytes: float = 2,
     kv_bytes: float | None = None,
+    tokens_per_row: int = 1,
 ) -> StepFloor:
     """Floor of a decode step of `members` run one after another on `tp` GPUs like `gpu`.
 
     `context` is the number of tokens that each of the `batch` rows attends to. `members` holds the
     base alone, or base, expert and antiexpert; logit columns past the base's vocabulary are cut.
+    A row that verifies drafts has more than one token in the step.
     """
     bandwidth, peak = gpu.bandwidth_tbps * 1e12, gpu.tflops * 1e12
-    kv_bytes = dtype_bytes if kv_bytes is None else kv_bytes
+    size = ElementBytes(dtype_bytes, dtype_bytes if kv_bytes is None else kv_bytes)
+    tokens = batch * tokens_per_row
     matmul = attention = logits = 0.0
     for shape in members:
-        weight_s = shape.step_weight_bytes(dtype_bytes, batch) / tp / bandwidth
-        matmul += max(weight_s, shape.step_matmul_flops(batch) / tp / peak)
-        kv_s = shape.step_kv_bytes(kv_bytes, batch, context, tp) / bandwidth
-        attention += max(kv_s, shape.step_attention_flops(batch, context) / tp / peak)
+        weight_s = shape.step_weight_bytes(size, tokens) / tp / bandwidth
+        matmul += max(weight_s, shape.step_matmul_flops(tokens) / tp / peak)
+        cache_s = shape.step_cache_bytes(size, batch, context, tp) / bandwidth
+        attention += max(cache_s, shape.step_attention_flops(tokens, context) / tp / peak)
         columns = min(shape.vocab_size, members[0].vocab_size)
-        logits += batch * columns * dtype_bytes / tp / bandwidth
+        logits += tokens * columns * dtype_bytes / tp / bandwidth
     return StepFloor(matmul * 1e3, attention * 1e3, logits * 1e3)
 
 
@@ -149,14 +160,20 @@ class Plan:
     fits: bool
     """The weights, the reserve and the KV cache of `batch` rows of `context` tokens fit."""
     kv_tokens: int
-    """Tokens that the KV cache of the three holds beside weights and reserve."""
+    """Tokens that the KV cache of the three holds beside weights and reserve, in sequences of
+    `context` tokens."""
     base_kv_tokens: int
+    kv_tokens_one_table: int
+    """The same where layers with windows keep every token, as own prompts need it."""
     kv_bytes_per_token: float
+    """Bytes on one rank of a sequence of `context` tokens, over its tokens."""
     weights_gib: dict[str, float]
     """Of each member and `total`, over all GPUs."""
     parts_ms: dict[str, float]
     inputs: dict[str, Any]
     notes: tuple[str, ...]
+    speculation: Speculation | None = None
+    """With drafts of the expert, where they are asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "notes": list(self.notes)}
@@ -175,9 +192,13 @@ def plan(
     tp: int = 1,
     gpu_memory_utilization: float = 0.9,
     reserve_gib: float = RESERVE_GIB,
+    speculative_tokens: int | None = None,
+    acceptance: float | None = None,
 ) -> Plan:
     """Time, memory and fit of a trio on `tp` GPUs.
 
+    With `speculative_tokens`, of which each is accepted with probability `acceptance`, also the
+    speed with drafts. The drafter is the expert in place, so memory stays as it is.
     Members are shapes, or anything that `proxy_vllm.plan.model_size.load_config` reads. Raises
     `UserError` for an input that no engine could run, by name.
 
@@ -202,17 +223,38 @@ def plan(
     kv_bytes = dtype_bytes if kv_cache_dtype == "auto" else KV_DTYPE_BYTES.get(kv_cache_dtype)
     if kv_bytes is None:
         raise UserError(f"unknown KV cache dtype {kv_cache_dtype!r}: {', '.join(KV_DTYPE_BYTES)}")
-    load = {"batch": batch, "context": context, "tp": tp}
-    floor = step_floor(members, gpu, dtype_bytes=dtype_bytes, kv_bytes=kv_bytes, **load)
-    alone = step_floor(members[:1], gpu, dtype_bytes=dtype_bytes, kv_bytes=kv_bytes, **load)
+    if (speculative_tokens is None) != (acceptance is None):
+        raise UserError(
+            "--speculative-tokens and --acceptance go together: the share of drafts that is"
+            " accepted decides what they gain (a server's /metrics counts it)"
+        )
+    floor_of = partial(
+        step_floor,
+        gpu=gpu,
+        batch=batch,
+        context=context,
+        tp=tp,
+        dtype_bytes=dtype_bytes,
+        kv_bytes=kv_bytes,
+    )
+    floor, alone = floor_of(members), floor_of(members[:1])
+    drafts = None
+    if speculative_tokens is not None and acceptance is not None:
+        drafts = speculation(
+            members, floor_of, batch=batch, drafts=speculative_tokens, acceptance=acceptance
+        )
 
-    weights = {role: m.weight_bytes(dtype_bytes) / GIB for role, m in zip(roles, members)}
+    size = ElementBytes(dtype_bytes, kv_bytes)
+    weights = {role: m.weight_bytes(size) / GIB for role, m in zip(roles, members)}
     budget_gib = gpu.memory_gib * gpu_memory_utilization - reserve_gib
 
-    def kv_tokens(count: int) -> int:
-        per_token = sum(m.kv_bytes_per_token(kv_bytes, tp) for m in members[:count])
+    def per_token(count: int, one_table: bool = False) -> float:
+        kept = (m.cache_bytes(size, context, tp, one_table=one_table) for m in members[:count])
+        return sum(kept) / context
+
+    def kv_tokens(count: int, one_table: bool = False) -> int:
         left = (budget_gib - sum(list(weights.values())[:count]) / tp) * GIB
-        return max(0, int(left // per_token))
+        return max(0, int(left // per_token(count, one_table)))
 
     tokens = kv_tokens(3)
     return Plan(
@@ -225,7 +267,8 @@ def plan(
         fits=tokens >= batch * context,
         kv_tokens=tokens,
         base_kv_tokens=kv_tokens(1),
-        kv_bytes_per_token=sum(m.kv_bytes_per_token(kv_bytes, tp) for m in members),
+        kv_tokens_one_table=kv_tokens(3, one_table=True),
+        kv_bytes_per_token=per_token(3),
         weights_gib={**weights, "total": sum(weights.values())},
         parts_ms=asdict(floor),
         inputs={
@@ -240,6 +283,7 @@ def plan(
             "reserve_gib": reserve_gib,
         },
         notes=tuple(notes),
+        speculation=drafts,
     )
 
 
@@ -267,13 +311,8 @@ def _check(
     if not 0 <= reserve_gib < float("inf"):
         raise UserError(f"--reserve-gib {reserve_gib}: give a number of GiB from 0")
     for shape in members:
-        kv_heads = shape.num_kv_heads
-        even_kv = kv_heads % tp == 0 or tp % kv_heads == 0
-        if shape.num_heads % tp or not even_kv:
-            raise UserError(
-                f"{shape.name}: {shape.num_heads} attention heads ({kv_heads} KV heads) do not "
-                f"split over --tp {tp}; choose a size that divides the heads of all three members"
-            )
+        for kv_heads in {c.heads for c in shape.caches if c.heads}:
+            check_heads(shape.name, shape.num_heads, kv_heads, tp)
 
 
 def _warnings(members: Mapping[str, ModelShape], context: int, gpu: Gpu, tp: int) -> list[str]:
@@ -281,8 +320,6 @@ def _warnings(members: Mapping[str, ModelShape], context: int, gpu: Gpu, tp: int
     for role, shape in members.items():
         if shape.max_positions and context > shape.max_positions:
             notes.append(f"{role}: has {shape.max_positions} positions, context is {context}")
-        if any(shape.windows):
-            notes.append(f"{role}: has attention windows; serving needs --disable-sliding-window")
     base = members["base"].vocab_size
     for role in ("expert", "antiexpert"):
         size = members[role].vocab_size
