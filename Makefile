@@ -10,8 +10,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-v1 test-kernels test-v2 test-slow lint types format hooks setup \
-  install clean
+.PHONY: help demo quick test test-v1 test-kernels test-v2 test-device test-slow lint types format hooks \
+  setup install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -25,7 +25,7 @@ quick: setup  ## unit tests, which start no engine (a minute)
 # Two suites at once: an engine of the tests has one thread.
 test: setup  ## the whole suite, on both runners
 	@echo "Two suites run at once, and each is printed when it ends; make test-v1 shows one as it runs."
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-v1 test-kernels test-v2
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-v1 test-kernels test-v2 test-device
 
 # The runner is chosen when Triton is imported, so the suite runs in a process for each runner, and
 # one for the kernels. What does not depend on the runner runs once.
@@ -40,6 +40,9 @@ test-kernels: setup  ## the Triton kernels, in Triton's interpreter
 test-v2: setup  ## end-to-end tests on Model Runner V2 (GPU users), in Triton's interpreter
 	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/e2e -m "not slow" \
 	  $(RUNNER_FREE:%=--ignore=tests/e2e/test_%.py)
+
+test-device: setup  ## Model Runner V2 on a pretended GPU, which tells of waits and mixed devices
+	PRETENDED_DEVICE=1 PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/pretended_device
 
 test-slow: setup  ## what takes minutes each: benchmarks, data parallel servers, kernels for sm_90
 	$(BIN)/python -m pytest tests --ignore=tests/kernels -m slow

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.worker.gpu.buffer_utils import set_default_max_concurrency
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -39,6 +40,11 @@ class ProxyModelRunner(GPUModelRunner):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
+        if self.speculator is not None:
+            # vLLM has one buffer of a request's parameters for each step in flight, and takes a
+            # step for done when its tokens are fetched. Drafts are made after that, from the same
+            # parameters, so a buffer has to rest for one step more.
+            set_default_max_concurrency(vllm_config.max_concurrent_batches + 1)
         if self.speculator is not None and ProxyConfig.from_vllm_config(vllm_config).expert_drafts:
             # In place of vLLM's drafter, which has no weights yet.
             self.speculator = ExpertSpeculator(vllm_config, device)

@@ -31,6 +31,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         " get_quantization_config load_config model_config parallel_config quant_config",
         "engine_config.py": "compilation_config parallel_config",
         "model.py": "parallel_config",
+        "model_runner.py": "max_concurrent_batches",
         "model_state.py": "speculative_config watermark_config",
         "own_prompts/prompts.py": "compilation_config kv_transfer_config scheduler_config"
         " use_v2_model_runner",
