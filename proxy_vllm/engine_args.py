@@ -100,12 +100,22 @@ def _expert_drafts(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str, Any]
             option = "--" + name.replace("_", "-")
             raise UserError(f"--speculative-tokens with {option} {value}: {why}; leave one out")
     auto = proxy.speculative_tokens == AUTO_DRAFTS
+    if auto and int(kwargs.get("data_parallel_size") or 1) > 1:
+        raise UserError(
+            f"--speculative-tokens {AUTO_DRAFTS} with --data-parallel-size: engines that run in"
+            " step have to draft alike; name a number"
+        )
+    # vLLM captures CUDA graphs of every number of drafts that this names; the scheduler chooses.
+    lengths = [(i + 1, i + 1, AUTO_MOST - i) for i in range(AUTO_MOST)]
     return {
         "model": kwargs["model"],
         "revision": kwargs.get("revision"),
         "code_revision": kwargs.get("code_revision"),
         "method": "draft_model",
         "num_speculative_tokens": AUTO_MOST if auto else proxy.speculative_tokens,
+        "num_speculative_tokens_per_batch_size": (
+            [*lengths, (AUTO_MOST + 1, 1 << 16, 0)] if auto else None
+        ),
     }
 
 

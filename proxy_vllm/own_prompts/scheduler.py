@@ -34,11 +34,12 @@ from proxy_vllm.own_prompts.prompts import (
     names_own_prompts,
     unsupported_reason,
 )
+from proxy_vllm.spec_decode.scheduler import DraftingScheduler
 
 logger = init_logger(f"vllm.{__name__}")
 
 
-class ProxyScheduler(Scheduler):
+class ProxyScheduler(DraftingScheduler):
     """vLLM's scheduler, taking requests with own prompts; every other passes untouched."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

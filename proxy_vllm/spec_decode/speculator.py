@@ -176,7 +176,7 @@ class ExpertSpeculator(DraftModelSpeculator):
         steps = self.num_speculative_steps
         if num_speculative_tokens is not None:
             steps = num_speculative_tokens
-        if steps == 0:
+        if steps == 0 or (not dummy_run and self._is_base_alone(input_batch)):
             return self.draft_tokens[:num_reqs]
         upper_bound = input_batch.seq_lens_cpu_upper_bound
         self.draft_max_seq_len = min(int(upper_bound[:num_reqs].max()) + steps, self.max_model_len)
@@ -224,6 +224,11 @@ class ExpertSpeculator(DraftModelSpeculator):
             seq_lens_cpu_upper_bound=upper_bound,
         )
         return self.draft_tokens[:num_reqs]
+
+    def _is_base_alone(self, input_batch: InputBatch) -> bool:
+        """Whether every request has alpha 0: such requests draft nothing (see scheduler.py)."""
+        # Engines that run in step must all draft, or none.
+        return self.dp_size == 1 and not self.model_state.alpha.np[input_batch.idx_mapping_np].any()
 
     def _start(
         self,

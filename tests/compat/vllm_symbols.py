@@ -17,6 +17,13 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "spec_decode/v1_runner.py": "_draft_attn_layer_names _get_slot_mapping arange block_size"
         " hidden_states input_ids inputs_embeds positions token_arange_np"
     },
+    "vllm.v1.core.sched.scheduler:Scheduler": {
+        "spec_decode/scheduler.py": "dynamic_sd_lookup num_spec_tokens requests"
+    },
+    "vllm.v1.core.sched.output:SchedulerOutput": {
+        "spec_decode/scheduler.py": "num_scheduled_tokens num_spec_tokens_to_schedule"
+        " scheduled_spec_decode_tokens total_num_scheduled_tokens"
+    },
     "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor": {
         "spec_decode/v1_runner.py": "min_toks"
     },
@@ -344,6 +351,8 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.cli.serve:ProxyServeSubcommand": "cmd subparser_init validate",
     "proxy_vllm.spec_decode.speculator:ExpertSpeculator": "__init__ capture init_cudagraph_manager"
     " load_draft_model load_model propose",
+    "proxy_vllm.spec_decode.scheduler:DraftingScheduler": "__init__ _update_after_schedule"
+    " make_spec_decoding_stats update_draft_token_ids update_from_output",
     "proxy_vllm.spec_decode.v1_runner:ExpertProposer": "load_model propose",
     "proxy_vllm.spec_decode.v1_runner:DraftVerifier": "__init__ forward",
     "proxy_vllm.worker.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync"

@@ -21,15 +21,20 @@ ENGINE: dict[str, Any] = {
     "max_num_batched_tokens": 48,  # long prompts come in chunks
     "max_num_seqs": 6,
     "max_logprobs": 20,
+    "max_model_len": 100,  # which one of the requests reaches
 }
-PROMPTS = prompt_ids([4, 30, 90], seed=41)
+PROMPTS = prompt_ids([4, 30, 80], seed=41)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    """Base and antiexpert are one model: at alpha 1 every draft is right, elsewhere some are."""
+    """Base and antiexpert are one model: at alpha 1 every draft is right, elsewhere some are.
+
+    The expert has token ids that the others lack.
+    """
     root = tmp_path_factory.mktemp("speculation")
     small = {"hidden": 32, "heads": 1, "layers": 1, "renamed": SPELLED}
+    small |= {"vocab": 128, "tokenizer_size": 111}
     base = make_model(root / "base", seed=1, renamed=SPELLED)
     return {
         "model": base,
@@ -83,6 +88,8 @@ KINDS = [
     Kind("allowed", {"allowed_token_ids": list(range(30, 60))}, 0.9),
     Kind("minimum", {"min_tokens": 7, "ignore_eos": False, "logit_bias": {EOS: 30.0}}, 0.9),
     Kind("end", {"ignore_eos": False, "logit_bias": {EOS: 5.0}}, 0.7),
+    Kind("stop text", {"stop": ["w4", "true", "w9"]}, 0.9),
+    Kind("stop text kept", {"stop": ["w3", "w8"], "include_stop_str_in_output": True}, 0.9),
     Kind("stop tokens", {"stop_token_ids": list(range(60, 80))}, 0.9),
     Kind("grammar", {"regex": "(on|mode){3,9}", "ignore_eos": False}, 0.9),
     Kind("sampled grammar", {**SAMPLED, "seed": 10, "regex": "[24]{2,}(true|false)"}, 1.0),
@@ -144,7 +151,8 @@ K = 3
 
 @pytest.fixture(scope="module")
 def llm(folders, expected):
-    with running(**folders, **ENGINE, speculative_tokens=K) as engine:
+    """Its cache is too small for six requests, so that some are preempted."""
+    with running(**folders, **ENGINE, speculative_tokens=K, num_gpu_blocks_override=10) as engine:
         yield engine
 
 
@@ -156,6 +164,36 @@ def assert_same(got: dict[str, list[Any]], expected: dict[str, list[Any]]) -> No
 def test_every_kind_of_request_is_answered_as_without_drafts(llm, expected):
     assert_same(answers(llm), expected)
     assert_same(answers(llm), expected)  # prompts are in the cache now
+    assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
+
+
+def test_requests_with_alpha_0_draft_nothing(llm, expected):
+    _, grown = run(llm, [0.0] * 3)
+    assert grown["draft_tokens"] == 0
+    _, grown = run(llm, [0.0, 1.0, 0.0])
+    assert 0 < grown["draft_tokens"] <= K * -(-STEPS // (K + 1))
+
+
+def test_streamed_tokens_are_those_of_the_answer(llm, expected):
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = llm.llm_engine
+    chosen = {i: k for i, k in enumerate(KINDS) if k.name in ("seed", "stop text", "greedy 1.0")}
+    for i, kind in chosen.items():
+        params = kind.params()
+        params.output_kind = RequestOutputKind.DELTA
+        prompt = {"prompt_token_ids": prompt_ids([kind.length], seed=i)[0]}
+        engine.add_request(kind.name, prompt, params)
+    pieces: dict[str, list[Any]] = {kind.name: [] for kind in chosen.values()}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            pieces[output.request_id].append(output.outputs[0])
+    for name, got in pieces.items():
+        ids, text, reason, stop, _ = expected[name][0]
+        assert [t for piece in got for t in piece.token_ids] == ids
+        assert "".join(piece.text for piece in got) == text
+        assert (got[-1].finish_reason, got[-1].stop_reason) == (reason, stop)
+    assert len(pieces["greedy 1.0"]) <= -(-STEPS // (K + 1)) + 1
 
 
 def test_greedy_output_is_that_of_the_loop(llm, reference):
@@ -200,3 +238,77 @@ def test_logprobs_of_accepted_tokens(llm, reference):
             assert got[token].logprob == pytest.approx(
                 float(logits.log_softmax(-1)[token]), abs=2e-4
             )
+
+
+@pytest.mark.skipif(not V2, reason="own prompts need Model Runner V2")
+def test_each_model_its_own_prompt(trio):
+    """The expert is ahead of the base or behind it; its drafts go on from where it is."""
+    from test_own_prompts import LENGTHS, check, prompts_of
+
+    reference = Trio.load(trio["model"], trio["expert"], trio["antiexpert"], torch.float32)
+    prompts = [
+        prompts_of(n, seed=100 + i) for i, n in enumerate([*LENGTHS[3:12], (45, None, None)])
+    ]
+    alphas = [1.0, 0.5, -1.0, 0.0, 2.0] * 2
+    with running(**trio, own_prompts=True, speculative_tokens=2, max_num_batched_tokens=32) as llm:
+        check(llm, reference, prompts, alphas, max_tokens=8)
+        check(llm, reference, prompts, alphas[::-1], max_tokens=8)
+
+
+@pytest.mark.skipif(V2, reason="as long as all other tests on this runner")
+def test_drafts_a_step_as_they_pay(folders, expected):
+    with running(**folders, **ENGINE, speculative_tokens="auto") as llm:
+        assert_same(answers(llm), expected)
+        assert counters(llm)["accepted_tokens"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [1, 2, 4, 7, "auto"])
+def test_any_number_of_drafts(folders, expected, drafts):
+    with running(**folders, **ENGINE, speculative_tokens=drafts) as llm:
+        assert_same(answers(llm), expected)
+        assert_same(answers(llm), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"enable_prefix_caching": False, "max_num_batched_tokens": 16},
+        {"max_num_seqs": 16, "max_num_batched_tokens": 256},
+        {"max_model_len": 64},
+        {"block_size": 16, "num_gpu_blocks_override": 14},
+    ],
+    ids=["chunks", "wide", "limit", "blocks"],
+)
+def test_any_settings(folders, settings):
+    limit = settings.get("max_model_len", 100)
+    kinds = [k for k in KINDS if k.length < limit]
+    settings = {**ENGINE, **settings}
+    with running(**folders, **settings) as llm:
+        expected = answers(llm, kinds)
+    with running(**folders, **settings, speculative_tokens=4) as llm:
+        assert_same(answers(llm, kinds), expected)
+        assert_same(answers(llm, kinds), expected)
+
+
+@pytest.mark.slow
+def test_an_expert_without_some_of_the_tokens(folders, tmp_path):
+    small = {"hidden": 32, "heads": 1, "layers": 1, "renamed": SPELLED, "vocab": 90}
+    trio = {**folders, "expert": make_model(tmp_path / "expert", seed=2, **small)}
+    with running(**trio, **ENGINE) as llm:
+        expected = answers(llm)
+    with running(**trio, **ENGINE, speculative_tokens=3) as llm:
+        assert_same(answers(llm), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="one GPU")
+def test_two_ranks(folders, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    small = {"hidden": 64, "heads": 2, "layers": 1, "renamed": SPELLED}
+    trio = {**folders, "expert": make_model(tmp_path / "expert", seed=2, **small)}
+    with running(**trio, **ENGINE) as llm:
+        expected = answers(llm)
+    with running(**trio, **ENGINE, speculative_tokens=3, tensor_parallel_size=2) as llm:
+        assert_same(answers(llm), expected)
