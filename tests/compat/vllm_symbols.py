@@ -17,13 +17,6 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "spec_decode/v1_runner.py": "_draft_attn_layer_names _get_slot_mapping arange block_size"
         " hidden_states input_ids inputs_embeds positions token_arange_np"
     },
-    "vllm.v1.core.sched.scheduler:Scheduler": {
-        "spec_decode/scheduler.py": "dynamic_sd_lookup num_spec_tokens requests"
-    },
-    "vllm.v1.core.sched.output:SchedulerOutput": {
-        "spec_decode/scheduler.py": "num_scheduled_tokens num_spec_tokens_to_schedule"
-        " scheduled_spec_decode_tokens total_num_scheduled_tokens"
-    },
     "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor": {
         "spec_decode/v1_runner.py": "min_toks"
     },
@@ -192,9 +185,14 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     },
     "vllm.v1.worker.utils:AttentionGroup": {"own_prompts/inputs.py": "layer_names"},
     "vllm.v1.core.sched.scheduler:Scheduler": {
-        "own_prompts/scheduler.py": "hash_block_size max_model_len requests vllm_config"
+        "own_prompts/scheduler.py": "hash_block_size max_model_len requests vllm_config",
+        "spec_decode/scheduler.py": "dynamic_sd_lookup num_spec_tokens requests",
     },
-    "vllm.v1.core.sched.output:SchedulerOutput": {"own_prompts/scheduler.py": "scheduled_new_reqs"},
+    "vllm.v1.core.sched.output:SchedulerOutput": {
+        "own_prompts/scheduler.py": "scheduled_new_reqs",
+        "spec_decode/scheduler.py": "num_scheduled_tokens num_spec_tokens_to_schedule"
+        " scheduled_spec_decode_tokens total_num_scheduled_tokens",
+    },
     "vllm.v1.request:Request": {
         "own_prompts/scheduler.py": "_all_token_ids _block_hasher all_token_ids block_hashes"
         " max_tokens num_prompt_tokens num_tokens prefill_stats prompt_token_ids request_id"
