@@ -97,15 +97,17 @@ def _measured(output: SchedulerOutput) -> tuple[int, int] | None:
 
 def draft_slope(vllm_config: Any) -> float:
     """The expert's share of the bytes that a step of the three reads, by the cost model."""
-    from proxy_vllm.composite.member_configs import member_model_config
-    from proxy_vllm.plan.model_size import model_shape
+    from proxy_vllm.composite.member_configs import member_model_configs
+    from proxy_vllm.plan.model_size import ElementBytes, model_shape
 
     proxy = ProxyConfig.from_vllm_config(vllm_config)
-    base = vllm_config.model_config
-    configs = [base, *(member_model_config(r, proxy, base) for r in ("expert", "antiexpert"))]
+    configs = member_model_configs(vllm_config.model_config, proxy)
     try:
-        sizes = [model_shape(c.hf_config.to_dict()).step_weight_bytes(2, 1) for c in configs]
+        sizes = {
+            role: model_shape(config.hf_config.to_dict()).step_weight_bytes(ElementBytes(), 1)
+            for role, config in configs.items()
+        }
     except Exception as error:  # a family that the cost model does not know
         logger.info("Drafts begin with the usual cost: %s", error)
         return _USUAL_SLOPE
-    return sizes[1] / sum(sizes)
+    return sizes["expert"] / sum(sizes.values())
