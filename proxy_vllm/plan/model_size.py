@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from proxy_vllm.errors import UserError
 from proxy_vllm.plan import decoder
 from proxy_vllm.plan.config_file import ConfigSource, load_config
 from proxy_vllm.plan.decoder import LayerCache, Parameters
+from proxy_vllm.plan.tables import Kind
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "half": 2, "float32": 4, "float": 4}
 
@@ -87,11 +89,7 @@ class ModelShape:
 
     def state_bytes(self, size: ElementBytes, tp: int = 1) -> float:
         """Bytes of convolution and recurrent states of one sequence on one rank."""
-        return sum(
-            (c.conv_elements * size.weights + c.state_elements * (c.state_bytes or size.weights))
-            / tp
-            for c in self.caches
-        )
+        return sum(_state_bytes(c, size) / tp for c in self.caches)
 
     def cache_bytes(
         self, size: ElementBytes, context: int, tp: int = 1, *, one_table: bool = False
@@ -107,6 +105,16 @@ class ModelShape:
         )
         return kept + self.state_bytes(size, tp)
 
+    def cache_kinds(self, size: ElementBytes, tp: int = 1) -> Counter[Kind]:
+        """How many layers of each kind keep something of a sequence."""
+        kinds: Counter[Kind] = Counter()
+        for cache in self.caches:
+            if cache.width and cache.owned:
+                kinds[Kind(token_bytes=self._row(cache, size, tp), window=cache.window)] += 1
+            elif not cache.width:
+                kinds[Kind(state_bytes=_state_bytes(cache, size) / tp)] += 1
+        return kinds
+
     def step_cache_bytes(self, size: ElementBytes, batch: int, context: int, tp: int = 1) -> float:
         """Bytes of caches that a step moves: keys and values read, states read and written."""
         read = sum(self._row(c, size, tp) * attended(c, context) for c in self.caches)
@@ -115,6 +123,11 @@ class ModelShape:
     def step_attention_flops(self, tokens: int, context: int) -> float:
         """Scores and weighted sums of `tokens` new tokens, each over `context` earlier ones."""
         return float(tokens * sum(c.flops * attended(c, context) for c in self.caches))
+
+
+def _state_bytes(cache: LayerCache, size: ElementBytes) -> float:
+    recurrent = cache.state_elements * (cache.state_bytes or size.weights)
+    return cache.conv_elements * size.weights + recurrent
 
 
 def attended(cache: LayerCache, context: int) -> int:

@@ -13,14 +13,16 @@ window, a latent layer its latents, and a state is read and written. Launch gaps
 communication between ranks are not counted, so a measured step lies above the floor.
 A tensor-parallel rank reads 1/T of the weights and its own KV heads.
 
-Memory is what sequences of `context` tokens hold: of layers with windows the window alone, and each
-state once. vLLM's pages and groups round this up, which `tests/unit/test_plan_memory.py` bounds.
+Memory is what decoding sequences of `context` tokens hold. Where layers have windows or states it
+is the better of vLLM's two layouts: one block table, in which windows keep every token, or a table
+for each group of layers (tables.py). A window holds more than that while its prompt is read.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +30,7 @@ from proxy_vllm.errors import UserError
 from proxy_vllm.plan.config_file import ConfigSource
 from proxy_vllm.plan.model_size import DTYPE_BYTES, ElementBytes, ModelShape, model_shape
 from proxy_vllm.plan.speculation import Speculation, speculation
+from proxy_vllm.plan.tables import Kind, held_in_tables
 from proxy_vllm.validate import check_heads
 
 GIB = 1 << 30
@@ -248,13 +251,10 @@ def plan(
     weights = {role: m.weight_bytes(size) / GIB for role, m in zip(roles, members)}
     budget_gib = gpu.memory_gib * gpu_memory_utilization - reserve_gib
 
-    def per_token(count: int, one_table: bool = False) -> float:
-        kept = (m.cache_bytes(size, context, tp, one_table=one_table) for m in members[:count])
-        return sum(kept) / context
-
     def kv_tokens(count: int, one_table: bool = False) -> int:
         left = (budget_gib - sum(list(weights.values())[:count]) / tp) * GIB
-        return max(0, int(left // per_token(count, one_table)))
+        held = _held(members[:count], size, context, tp, one_table=one_table)
+        return max(0, int(left // (held / context)))
 
     tokens = kv_tokens(3)
     return Plan(
@@ -268,7 +268,7 @@ def plan(
         kv_tokens=tokens,
         base_kv_tokens=kv_tokens(1),
         kv_tokens_one_table=kv_tokens(3, one_table=True),
-        kv_bytes_per_token=per_token(3),
+        kv_bytes_per_token=_held(members, size, context, tp) / context,
         weights_gib={**weights, "total": sum(weights.values())},
         parts_ms=asdict(floor),
         inputs={
@@ -285,6 +285,33 @@ def plan(
         notes=tuple(notes),
         speculation=drafts,
     )
+
+
+def _held(
+    members: Sequence[ModelShape],
+    size: ElementBytes,
+    context: int,
+    tp: int,
+    *,
+    one_table: bool = False,
+) -> float:
+    """Bytes that a sequence holds on one rank, of all members, in the better layout."""
+    kinds = sum((m.cache_kinds(size, tp) for m in members), Counter[Kind]())
+    states = any(kind.state_bytes for kind in kinds)
+    whole = sum(m.cache_bytes(size, context, tp, one_table=True) for m in members)
+    if not states and (one_table or all(kind.window is None for kind in kinds)):
+        return whole
+    if one_table:  # states never share the attention layers' table
+        kinds = _without_windows(kinds)
+    tables = held_in_tables(kinds, context)
+    return tables if states else min(whole, tables)
+
+
+def _without_windows(kinds: Counter[Kind]) -> Counter[Kind]:
+    whole: Counter[Kind] = Counter()
+    for kind, count in kinds.items():
+        whole[replace(kind, window=None)] += count
+    return whole
 
 
 def _dtype_bytes(dtype: str) -> int:
