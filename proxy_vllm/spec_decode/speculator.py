@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorBatchDescriptor,
     SpeculatorCudaGraphManager,
 )
 
@@ -138,7 +139,18 @@ class ExpertSpeculator(DraftModelSpeculator):
 
     def capture(self) -> None:
         assert self.graphs is not None
+        # What dummy runs left behind might point anywhere.
         self.idx_mapping.zero_()
+        if self.speculative_config.uses_dynamic_speculative_decoding():
+            # A graph of each number of drafts; vLLM's own way to it leaves out loops of one.
+            self.graphs._capture_descs = {
+                mode: [
+                    SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=steps)
+                    for desc in descs
+                    for steps in range(self.num_speculative_steps, 0, -1)
+                ]
+                for mode, descs in self.graphs._capture_descs.items()
+            }
         self.graphs.capture(
             self._draft,
             self.model_state,
@@ -147,7 +159,6 @@ class ExpertSpeculator(DraftModelSpeculator):
             self.attn_groups,
             self.kv_cache_config,
             progress_bar_desc="Capturing CUDA graphs of the expert's drafts",
-            specialize_spec_tokens=self.speculative_config.uses_dynamic_speculative_decoding(),
         )
 
     @torch.inference_mode()

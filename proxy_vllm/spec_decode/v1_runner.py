@@ -65,12 +65,13 @@ class ExpertProposer(DraftModelProposer):
         metadata.query_start_loc_cpu = torch.from_numpy(self.token_arange_np[: batch + 1]).clone()
 
         mode, padded, across_dp = self._determine_batch_execution_and_padding(batch)
-        # Of the token before: each step goes on by one.
-        positions = metadata.seq_lens.long() - 1
+        # Of the token before: each step goes on by one. A row at the length limit gets position 0
+        # from vLLM, and must not go on from there and write keys.
+        before = metadata.seq_lens.long() - 1
         tokens, drafts = next_token_ids, []
         for step in range(num_speculative_tokens):
-            positions = self._update_positions_dependent_metadata(
-                positions, metadata, batch, padded, self.block_size
+            self._update_positions_dependent_metadata(
+                before + step, metadata, batch, padded, self.block_size
             )
             _, by_layer = self.build_per_group_and_layer_attn_metadata(metadata, step)
             known = self.input_ids[:batch].copy_(tokens)

@@ -124,7 +124,10 @@ class ProxyModelState(DefaultModelState):
         own, self.step = self.own, None
         # Graphs were captured over each model's buffers, so those must be filled in any case.
         graphs = for_capture or cudagraph_mode != CUDAGraphMode.NONE
-        if own is None or not (graphs or own.any_in(input_batch.req_ids)):
+        roles = {group.layer_names[0].split(".")[0] for groups in attn_groups for group in groups}
+        # The batch of one model alone, as its drafts are, is that model's own already.
+        alone = len(roles) == 1
+        if own is None or alone or not (graphs or own.any_in(input_batch.req_ids)):
             return prepare(input_batch, block_tables, slot_mappings, attn_groups)
         if own.any_prefilling(input_batch.req_ids, input_batch.num_computed_tokens_np):
             assert cudagraph_mode != CUDAGraphMode.FULL

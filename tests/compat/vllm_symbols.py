@@ -13,6 +13,11 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         " kv_cache_config max_model_len max_num_reqs model model_state num_speculative_steps seeds"
         " supports_decode_metadata_update temperature use_fp64_gumbel"
     },
+    "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils"
+    ":SpeculatorCudaGraphManager": {
+        "spec_decode/speculator.py": "_capture_descs capture dispatch run_fullgraph"
+        " specialize_spec_tokens"
+    },
     "vllm.v1.spec_decode.draft_model:DraftModelProposer": {
         "spec_decode/v1_runner.py": "_draft_attn_layer_names _get_slot_mapping arange block_size"
         " hidden_states input_ids inputs_embeds positions token_arange_np"

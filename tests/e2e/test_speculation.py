@@ -21,7 +21,7 @@ ENGINE: dict[str, Any] = {
     "max_num_batched_tokens": 48,  # long prompts come in chunks
     "max_num_seqs": 6,
     "max_logprobs": 20,
-    "max_model_len": 100,  # which one of the requests reaches
+    "max_model_len": 100,  # which two of the requests reach, one of them amid drafts
 }
 PROMPTS = prompt_ids([4, 30, 80], seed=41)
 
@@ -72,6 +72,7 @@ KINDS = [
     *(Kind(f"greedy {a}", {}, a, n) for a, n in [(1.0, 4), (0.5, 30), (-1.0, 90), (0.0, 9)]),
     Kind("seed", {**SAMPLED, "seed": 1}),
     Kind("seed, half", {"temperature": 0.7, "seed": 2}, 0.5, 60),
+    Kind("to the limit", {"max_tokens": 40}, 0.9, 79),
     Kind("min-p", {**SAMPLED, "seed": 3, "min_p": 0.2}, 0.7),
     Kind("top-k", {**SAMPLED, "seed": 4, "top_k": 5}, 0.8),
     Kind("top-p", {**SAMPLED, "seed": 5, "top_p": 0.7}, 0.8),
@@ -277,7 +278,7 @@ def test_any_number_of_drafts(folders, expected, drafts):
         {"enable_prefix_caching": False, "max_num_batched_tokens": 16},
         {"max_num_seqs": 16, "max_num_batched_tokens": 256},
         {"max_model_len": 64},
-        {"block_size": 16, "num_gpu_blocks_override": 14},
+        {"num_gpu_blocks_override": 6},
     ],
     ids=["chunks", "wide", "limit", "blocks"],
 )

@@ -4,6 +4,8 @@ Tokens are the Transformers loop's, and nothing waits, mixes devices, or changes
 in flight.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from reference_loop import Trio, greedy
@@ -18,7 +20,7 @@ from sampled_reference import (
     tokens_of,
 )
 
-from pretended_device import machine
+from pretended_device import machine, work
 from pretended_device.work import Seen, record, watch
 
 ALL = range(len(ROWS))
@@ -195,4 +197,67 @@ def test_drafts(trio, expected):
         with watch() as seen:
             tokens = tokens_of(generate(llm, ALL))
         assert tokens == expected
+        assert_quiet(seen)
+
+
+class DraftGraphs:
+    """Stands in for vLLM's manager of graphs: batches of four and eight, of all steps at once."""
+
+    def __init__(self, speculator) -> None:
+        self.speculator, self.replays, self.graphs = speculator, [], {}
+        speculator._update_draft_decode_metadata = self.update
+        for count in (4, 8):
+            self.graphs[count] = record(partial(self.draft, count))
+
+    def update(self, metadata, num_reqs: int) -> None:
+        """What an attention backend of a GPU does within a graph; a CPU's makes its plan anew."""
+        recording, work.state.capture = work.state.capture, None
+        seen, work.state.seen = work.state.seen, None
+        bound = torch.full((num_reqs,), 200, dtype=torch.int32)
+        metadata.update(self.speculator._attn_metadata(self.desc(num_reqs), num_reqs, bound, 0))
+        work.state.capture, work.state.seen = recording, seen
+
+    @staticmethod
+    def desc(count: int):
+        from vllm.config.compilation import CUDAGraphMode
+        from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+        return BatchExecutionDescriptor(CUDAGraphMode.FULL, count, count, uniform_token_count=1)
+
+    def draft(self, count: int) -> None:
+        from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+
+        drafts = self.speculator
+        slots = drafts.block_tables.slot_mappings[:, :count]
+        by_layer = build_slot_mappings_by_layer(slots, drafts.kv_cache_config)
+        mode = self.desc(count).cg_mode
+        drafts._draft(count, count, {}, by_layer, None, mode, drafts.num_speculative_steps)
+
+    def dispatch(self, num_reqs: int, *_, **__):
+        return self.desc(4 if num_reqs <= 4 else 8)
+
+    def specialize_spec_tokens(self, desc, _):
+        return desc
+
+    def run_fullgraph(self, desc) -> None:
+        self.replays.append(desc.num_reqs)
+        self.graphs[desc.num_reqs]()
+
+
+def test_the_draft_loop_as_one_graph(trio, expected):
+    """Rows of padding write no keys, and every address is as it was recorded."""
+    settings = {"max_num_batched_tokens": 128, "disable_log_stats": False}
+    with machine.engine(**trio, speculative_tokens=3, **settings) as (llm, runner):
+        speculator = runner.speculator
+        speculator.supports_decode_metadata_update = True
+        with torch.no_grad():
+            graphs = speculator.graphs = DraftGraphs(speculator)
+        lengths = [TOKENS - row for row in ALL]
+        asked = [params(row, max_tokens=n) for row, n in zip(ALL, lengths)]
+        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+        with watch() as seen:
+            tokens = tokens_of(llm.generate(prompts, asked, use_tqdm=False))
+        assert tokens == [e[:n] for e, n in zip(expected, lengths)]
+        assert {4, 8} == set(graphs.replays)
+        assert sum(m.value for m in llm.get_metrics() if m.name.endswith("accepted_tokens")) > 0
         assert_quiet(seen)
