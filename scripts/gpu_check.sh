@@ -29,6 +29,8 @@ step step_sampler 480 '$python scripts/bench_step.py --repeats 3 --systems proxy
     '--json $out/step_sampler_graphs.json'
 step step_fused_head 480 '$python scripts/bench_step.py --repeats 3 --systems proxy fused_head' \
     '--json $out/step_fused_head.json'
+step draft_tests 590 pytest_json draft_tests tests/e2e/test_speculation.py -m "'not slow'"
+step speculation_bench 590 '$python scripts/bench_speculation.py --json $out/speculation.json'
 step own_prompts_bench 480 '$python scripts/bench_own_prompts.py --json $out/own_prompts_bench.json'
 
 if [ "${STEPS:-}" = list ]; then
