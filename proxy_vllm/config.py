@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 ARCHITECTURE = "ProxyTunedForCausalLM"
 ROLES = ("base", "expert", "antiexpert")
 VLLM_VERSION = "0.32.0"
+# Whose end tokens may end an answer.
+STOP_TOKENS = ("expert", "base", "both")
 
 # The key in `SamplingParams.extra_args` and, over HTTP, in `vllm_xargs`.
 ALPHA_KEY = "proxy_alpha"
@@ -43,6 +45,7 @@ class ProxyConfig:
         expert_chat_template: Jinja by which the expert reads a chat, ``auto`` for the template of
             its own tokenizer, or None to read what the base reads.
         antiexpert_chat_template: the same for the antiexpert.
+        stop_tokens: whose end tokens end an answer: ``expert``, ``base`` or ``both``.
         own_prompts: let requests give each model a prompt of its own, which costs every step of an
             engine a little; chat templates of the small members imply it.
         fused_head_max_batch: up to this many rows, steps of greedy and plain temperature rows draw
@@ -64,6 +67,7 @@ class ProxyConfig:
     tokenizer_map: dict[str, dict[int, int]] = field(default_factory=dict)
     expert_chat_template: str | None = None
     antiexpert_chat_template: str | None = None
+    stop_tokens: str = "both"
     own_prompts: bool = False
     fused_head_max_batch: int = 0
     sampler_cuda_graphs: bool = False
@@ -73,6 +77,10 @@ class ProxyConfig:
         for role in ("expert", "antiexpert"):
             if not getattr(self, role) or not isinstance(getattr(self, role), str):
                 raise UserError(f"{role}: a model folder or hub name is needed (--{role} MODEL)")
+        if self.stop_tokens not in STOP_TOKENS:
+            raise UserError(
+                f"stop_tokens is {self.stop_tokens!r}: it must be one of {', '.join(STOP_TOKENS)}"
+            )
         low, high = self.alpha_range
         if not (math.isfinite(low) and math.isfinite(high) and low <= high):
             raise UserError(f"alpha range {low} .. {high}: two finite numbers, lowest first")

@@ -2,9 +2,16 @@
 
 import math
 import os
+from types import SimpleNamespace
 from typing import Any
 
-from proxy_vllm.config import ARCHITECTURE, AUTO_DRAFTS, CONFIG_KEY, ProxyConfig
+from proxy_vllm.config import (
+    ARCHITECTURE,
+    AUTO_DRAFTS,
+    CONFIG_KEY,
+    ProxyConfig,
+    check_vllm_version,
+)
 from proxy_vllm.envs import cpu_runner
 from proxy_vllm.errors import UserError
 from proxy_vllm.own_prompts.prompts import SCHEDULER
@@ -22,6 +29,49 @@ _EXCLUDES_DRAFTS = {
     "return_sampling_mask": "masks of drafted positions are not kept",
     "watermark_config": "watermarks are drawn by a sampler of vLLM's that cannot verify drafts",
 }
+
+
+def prepare_engine_args(
+    kwargs: dict[str, Any],
+    proxy: ProxyConfig,
+    *,
+    base_chat_template: str | None = None,
+    caps_max_tokens: bool = False,
+) -> dict[str, Any]:
+    """Check a trio and turn the base's engine arguments into those of the proxy-tuned engine.
+
+    Args:
+        kwargs, proxy: as for ``apply_to_engine_args``.
+        base_chat_template, caps_max_tokens: as for ``proxy_vllm.surface.show_expert``.
+
+    Raises:
+        UserError: members that do not fit together, or arguments that they cannot honour.
+    """
+    from proxy_vllm.plugin import register
+    from proxy_vllm.surface import show_expert
+    from proxy_vllm.validate import validate_trio
+
+    check_vllm_version()
+    register()
+    _configure_logging(kwargs)
+    kwargs, configs = validate_trio(kwargs, proxy)
+    kwargs = show_expert(
+        kwargs,
+        configs,
+        proxy,
+        base_chat_template=base_chat_template,
+        caps_max_tokens=caps_max_tokens,
+    )
+    return apply_to_engine_args(kwargs, proxy)
+
+
+def _configure_logging(kwargs: dict[str, Any]) -> None:
+    """Set vLLM's logging up as its engine will: before that, no message below a warning is seen."""
+    from vllm.logger import configure_logging_from_args
+
+    names = ("logging_config", "log_level", "log_config_file")
+    given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    configure_logging_from_args(SimpleNamespace(**given))
 
 
 def apply_to_engine_args(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str, Any]:

@@ -4,15 +4,14 @@ from typing import Any
 
 from vllm import LLM
 
-from proxy_vllm.config import ROLES, ProxyConfig, check_vllm_version
-from proxy_vllm.engine_args import apply_to_engine_args
+from proxy_vllm.config import ROLES, ProxyConfig
+from proxy_vllm.engine_args import prepare_engine_args
 from proxy_vllm.errors import UserError
-from proxy_vllm.own_prompts.chat_templates import AUTO, resolve_template
+from proxy_vllm.own_prompts.chat_templates import resolve_template
 from proxy_vllm.own_prompts.member_prompts import INPUT_KEY, MemberPrompts
 from proxy_vllm.own_prompts.prompts import check_tokenization
-from proxy_vllm.plugin import register
 from proxy_vllm.spec_decode.admission import admit_every_parameter
-from proxy_vllm.validate import validate_trio
+from proxy_vllm.surface import token_ids
 
 
 class ProxyLLM(LLM):
@@ -35,13 +34,15 @@ class ProxyLLM(LLM):
         expert_args, antiexpert_args: ``vllm.config.ModelConfig`` fields of one member alone.
         allow_tokenizer_mismatch: serve members whose tokenizers disagree on a token id.
         tokenizer_map: see ``proxy_vllm.config.ProxyConfig``.
+        stop_tokens: whose end tokens end an answer: ``"expert"``, ``"base"`` or ``"both"``.
         own_prompts: let requests give each model a prompt of its own.
         fused_head_max_batch, sampler_cuda_graphs: see ``proxy_vllm.config.ProxyConfig``.
         speculative_tokens: draft this many tokens a step with the expert, or ``"auto"``.
         base_chat_template, expert_chat_template, antiexpert_chat_template: how each member reads a
             ``chat``: ``"auto"`` (its tokenizer's own template), ``"plain"``, ``"llama-2"``,
-            ``"llama-2-paper"``, a file, or Jinja (see own_prompts/chat_templates.py). A small
-            member without one reads the base's prompt.
+            ``"llama-2-paper"``, a file, or Jinja (see own_prompts/chat_templates.py). The base's
+            is the expert's own by default, if it has one, and a small member without one reads
+            the base's prompt.
         **kwargs: any argument of ``vllm.LLM``.
 
     Raises:
@@ -67,6 +68,7 @@ class ProxyLLM(LLM):
         antiexpert_args: dict[str, Any] | None = None,
         allow_tokenizer_mismatch: bool = False,
         tokenizer_map: dict[str, dict[int, int]] | None = None,
+        stop_tokens: str = "both",
         own_prompts: bool = False,
         fused_head_max_batch: int = 0,
         sampler_cuda_graphs: bool = False,
@@ -76,8 +78,6 @@ class ProxyLLM(LLM):
         antiexpert_chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
-        check_vllm_version()
-        register()
         self.proxy_config = ProxyConfig(
             expert=str(expert),
             antiexpert=str(antiexpert),
@@ -89,21 +89,53 @@ class ProxyLLM(LLM):
             tokenizer_map=tokenizer_map or {},
             expert_chat_template=resolve_template("expert", expert_chat_template),
             antiexpert_chat_template=resolve_template("antiexpert", antiexpert_chat_template),
+            stop_tokens=stop_tokens,
             own_prompts=own_prompts,
             fused_head_max_batch=fused_head_max_batch,
             sampler_cuda_graphs=sampler_cuda_graphs,
             speculative_tokens=speculative_tokens,
         )
-        if base_chat_template not in (None, AUTO):
-            if kwargs.get("chat_template") is not None:
-                raise UserError("base_chat_template and chat_template: give one of them")
-            kwargs["chat_template"] = resolve_template("base", base_chat_template)
-        kwargs = validate_trio({**kwargs, "model": str(model)}, self.proxy_config)
-        kwargs = apply_to_engine_args(kwargs, self.proxy_config)
+        kwargs = prepare_engine_args(
+            {**kwargs, "model": str(model)},
+            self.proxy_config,
+            base_chat_template=base_chat_template,
+        )
         super().__init__(**kwargs)
 
         admit_every_parameter(self.llm_engine)
         self.member_prompts = MemberPrompts(self.llm_engine.vllm_config)
+        generation = self.model_config.try_get_generation_config()
+        self._other_ends = set(token_ids(generation.get("eos_token_id")))
+        self._other_ends.discard(self.renderer.get_eos_token_id())
+
+    def _beam_search_step(  # type: ignore[override]  # vLLM calls it by keyword
+        self,
+        *,
+        instances_batch: list[Any],
+        beam_width: int,
+        ignore_eos: bool,
+        **kwargs: Any,
+    ) -> bool:
+        """One token for each beam, ended by every end token.
+
+        vLLM ends a beam at the tokenizer's own end token alone. The others are taken out here, from
+        so many beams that ``beam_width`` of them are left, as vLLM takes out its own.
+        """
+        ends = set() if ignore_eos else self._other_ends
+        room = len(ends) * max((len(instance.beams) for instance in instances_batch), default=0)
+        stopped = super()._beam_search_step(
+            instances_batch=instances_batch,
+            beam_width=beam_width + room,
+            ignore_eos=ignore_eos,
+            **kwargs,
+        )
+        if room:
+            for instance in instances_batch:
+                ended = [beam for beam in instance.beams if beam.tokens[-1] in ends]
+                going = [beam for beam in instance.beams if beam.tokens[-1] not in ends]
+                instance.completed.extend(ended)
+                instance.beams = going[:beam_width]
+        return stopped
 
     def _preprocess_cmpl(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         # `_preprocess_cmpl_one` takes them apart first; what comes here directly would lose them.

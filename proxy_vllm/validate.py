@@ -42,7 +42,9 @@ _REFUSED = {
 }
 
 
-def validate_trio(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str, Any]:
+def validate_trio(
+    kwargs: dict[str, Any], proxy: ProxyConfig
+) -> "tuple[dict[str, Any], dict[str, ModelConfig]]":
     """Check that base, expert and antiexpert can run as one model.
 
     Args:
@@ -51,7 +53,7 @@ def validate_trio(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str, Any]:
 
     Returns:
         The arguments, with ``max_model_len`` set to the shortest member's limit where the user
-        named none.
+        named none, and vLLM's configuration of each member.
 
     Raises:
         UserError: naming the member, the fault, and the way out.
@@ -85,7 +87,9 @@ def validate_trio(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str, Any]:
     max_model_len = _fit_length(kwargs.get("max_model_len"), configs)
     if not proxy.allow_tokenizer_mismatch and not kwargs.get("skip_tokenizer_init"):
         check_tokenizers(configs, proxy)
-    return kwargs if max_model_len is None else {**kwargs, "max_model_len": max_model_len}
+    if max_model_len is not None:
+        kwargs = {**kwargs, "max_model_len": max_model_len}
+    return kwargs, configs
 
 
 def member_configs(kwargs: dict[str, Any], proxy: ProxyConfig) -> "dict[str, ModelConfig]":

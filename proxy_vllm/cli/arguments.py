@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from proxy_vllm.config import STOP_TOKENS
 from proxy_vllm.errors import UserError
 
 
@@ -66,9 +67,15 @@ def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
             default=None,
             metavar="TEMPLATE",
             help=f"how the {role} reads a chat: auto (its tokenizer's own), plain, llama-2,"
-            " llama-2-paper, or a file"
-            + ("" if role == "base" else " (default: what the base reads)"),
+            " llama-2-paper, or a file (default: "
+            + ("the expert's own, if it has one)" if role == "base" else "what the base reads)"),
         )
+    group.add_argument(
+        "--stop-tokens",
+        choices=STOP_TOKENS,
+        default="both",
+        help="whose end tokens end an answer (default: both)",
+    )
     group.add_argument(
         "--allow-tokenizer-mismatch",
         action="store_true",
@@ -120,6 +127,7 @@ def proxy_config(args: argparse.Namespace):
         tokenizer_map=args.tokenizer_map,
         expert_chat_template=resolve_template("expert", args.expert_chat_template),
         antiexpert_chat_template=resolve_template("antiexpert", args.antiexpert_chat_template),
+        stop_tokens=args.stop_tokens,
         own_prompts=args.own_prompts,
         fused_head_max_batch=args.fused_head_max_batch,
         sampler_cuda_graphs=args.sampler_cuda_graphs,
@@ -136,23 +144,17 @@ def apply_to_namespace(args: argparse.Namespace) -> None:
     Raises:
         UserError: members that do not fit together or cannot be read.
     """
-    from proxy_vllm.config import check_vllm_version
-    from proxy_vllm.engine_args import apply_to_engine_args
-    from proxy_vllm.own_prompts.chat_templates import resolve_template
-    from proxy_vllm.plugin import register
-    from proxy_vllm.validate import validate_trio
+    from proxy_vllm.engine_args import prepare_engine_args
 
-    check_vllm_version()
-    register()
     if getattr(args, "model_tag", None):
         args.model = args.model_tag
     if not getattr(args, "model", None):
         raise UserError("a base model is needed: name its folder or hub name first")
-    proxy = proxy_config(args)
-    if args.base_chat_template not in (None, "auto"):
-        if getattr(args, "chat_template", None) is not None:
-            raise UserError("--base-chat-template and --chat-template: give one of them")
-        args.chat_template = resolve_template("base", args.base_chat_template)
-    kwargs = apply_to_engine_args(validate_trio(vars(args), proxy), proxy)
+    kwargs = prepare_engine_args(
+        vars(args),
+        proxy_config(args),
+        base_chat_template=args.base_chat_template,
+        caps_max_tokens=True,
+    )
     for name, value in kwargs.items():
         setattr(args, name, value)
