@@ -1,4 +1,4 @@
-"""Answers of an instruct expert over a plain base end by themselves, by every route, on both runners.
+"""Answers of an instruct expert over a plain base end by themselves, by every route.
 
 Gemma's twin: the tokenizer's end token is ``<eos>``, and a turn ends with ``<end_of_turn>``, which
 only the expert's generation_config.json names. It names an end token past the vocabulary, too.
@@ -11,6 +11,7 @@ import pytest
 from engines import running
 from twins import ANSWER, write_twins
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -111,7 +112,7 @@ def test_sampling_defaults_are_the_experts(llm):
 
 
 def test_a_stop_token_past_the_vocabulary_is_refused(llm):
-    with pytest.raises(ValueError, match="out-of-vocab"):
+    with pytest.raises(VLLMValidationError, match="out-of-vocab"):
         chat(llm, stop_token_ids=[PAST])
     assert chat(llm).text == ANSWER
 

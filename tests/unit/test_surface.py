@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import pytest
 from twins import FAMILIES, templates, write_twins
 
 from proxy_vllm import ProxyConfig
-from proxy_vllm.engine_args import prepare_engine_args
+from proxy_vllm.engine_args import _configure_logging, prepare_engine_args
 from proxy_vllm.errors import UserError
 
 PLAIN = "--expert-chat-template auto --base-chat-template plain"
@@ -27,17 +28,17 @@ def twins(tmp_path_factory):
 
 
 @pytest.fixture
-def prepare(caplog, monkeypatch):
+def prepare():
     """Engine arguments of a trio, their generation_config.json, and what is said of them."""
-    import logging
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("vllm.proxy_vllm.surface")
 
     def prepare(trio: dict[str, str], **options):
         names = {f.name for f in dataclasses.fields(ProxyConfig)}
         given = {**trio, **options}
-        caplog.clear()
-        monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-        monkeypatch.setattr("proxy_vllm.engine_args._configure_logging", lambda kwargs: None)
-        caplog.set_level("INFO", "vllm")
+        said.clear()
         base_template = given.pop("base_chat_template", None)
         caps = given.pop("caps_max_tokens", False)
         out = prepare_engine_args(
@@ -50,10 +51,15 @@ def prepare(caplog, monkeypatch):
         config = None
         if folder not in ("auto", "vllm"):
             config = json.loads(Path(folder, "generation_config.json").read_text())
-        said = [r.getMessage() for r in caplog.records if r.name == "vllm.proxy_vllm.surface"]
-        return out, config, said
+        return out, config, list(said)
 
-    return prepare
+    _configure_logging({})  # the first time it takes handlers away
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel("INFO")
+    yield prepare
+    logger.setLevel(level)
+    logger.removeHandler(handler)
 
 
 def edit(folder: str, file: str, **fields) -> None:
@@ -69,6 +75,7 @@ def test_a_base_without_a_template_shows_the_expert(twins, prepare):
     assert out.get("chat_template") is None  # the tokenizer has it
     assert config["eos_token_id"] == [401, 408, 409]
     assert (config["temperature"], config["top_p"]) == (0.6, 0.9)
+    assert len(said) == 1, said
     (line,) = said
     for part in (
         "the expert's tokenizer",
@@ -89,7 +96,7 @@ def test_whose_end_tokens(twins, prepare):
     # vLLM ends answers at the tokenizer's end token in any case, so it is the base's.
     assert out.get("tokenizer") is None and config is not None and config["eos_token_id"] == [0]
     assert "<|im_start|>" in out["chat_template"]
-    with pytest.raises(UserError, match="stop_tokens is 'mine'.*expert, base, both"):
+    with pytest.raises(UserError, match=r"stop_tokens is 'mine'.*expert, base, both"):
         prepare(trio, stop_tokens="mine")
     with pytest.raises(UserError, match=r"--stop-tokens expert: .* '<\|endoftext\|>' \(0\)"):
         prepare(trio, stop_tokens="expert", tokenizer=trio["model"])
@@ -199,7 +206,7 @@ def test_a_pad_token_past_the_bases_vocabulary(twins, prepare):
     out, _, said = prepare(trio)
     assert out.get("tokenizer") is None and "<|assistant|>" in out["chat_template"]
     assert "has '<pad>' (484) past the base's vocabulary" in said[-1]
-    with pytest.raises(UserError, match="--tokenizer .*'<pad>' .*vocabulary of 484"):
+    with pytest.raises(UserError, match=r"--tokenizer .*'<pad>' .*vocabulary of 484"):
         prepare(trio, tokenizer=trio["expert"])
 
 
