@@ -251,6 +251,14 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 
 # vLLM callable -> our file -> "/n" for n positional arguments (the instance counts), and keywords.
 CALLS: dict[str, dict[str, str]] = {
+    "vllm.transformers_utils.config:try_get_generation_config": {
+        "surface.py": "/1 code_revision config_format hf_token revision trust_remote_code"
+    },
+    "vllm.transformers_utils.repo_utils:get_hf_file_to_dict": {"surface.py": "/3"},
+    "vllm:LLM._beam_search_step": {
+        "llm.py": "/1 base_sampling_params beam_width eos_token_id ignore_eos instances_batch"
+        " sort_beams_key structured_output_backend structured_output_bitmask structured_output_key"
+    },
     "vllm.config:ModelConfig": {
         "member_configs.py": "/0 allow_deprecated_quantization config_format"
         " disable_sliding_window dtype enforce_eager hf_overrides hf_token language_model_only"
@@ -361,8 +369,8 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.worker.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync"
     " _input_fits_in_drafter _model_forward _sample load_model warming_up_model",
     "proxy_vllm.worker.cpu_worker:ProxyCPUWorker": "_make_model_runner init_device",
-    "proxy_vllm.llm:ProxyLLM": "__init__ _add_request _preprocess_chat_one _preprocess_cmpl"
-    " _preprocess_cmpl_one",
+    "proxy_vllm.llm:ProxyLLM": "__init__ _add_request _beam_search_step _preprocess_chat_one"
+    " _preprocess_cmpl _preprocess_cmpl_one",
     "proxy_vllm.composite.engine_config:CompositeConfig": "verify_and_update_config",
     "proxy_vllm.composite.model:ProxyTunedForCausalLM": "__init__ forward"
     " make_empty_intermediate_tensors",
