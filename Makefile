@@ -48,6 +48,9 @@ test-slow: setup  ## what takes minutes each: benchmarks, data parallel servers,
 	$(BIN)/python -m pytest tests --ignore=tests/kernels -m slow
 	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/kernels -m slow
 
+compat: setup  ## WHEEL=0.33.0, a wheel or a folder: what that vLLM lacks that we use, by its source
+	$(BIN)/python tests/compat/source_check.py $(WHEEL)
+
 lint: setup  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
