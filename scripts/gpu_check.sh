@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
 # Checks that need a CUDA GPU, in one command:
 #
-#     scripts/gpu_check.sh [RESULTS_FOLDER]        default benchmarks/results
+#     scripts/gpu_check.sh [--quick] [RESULTS_FOLDER]        default benchmarks/results
 #
-# Runs every step below, the next one also after a failure, and writes RESULTS_FOLDER/gpu_check.json
-# with the steps' exit statuses and seconds. Exits 1 if any step failed, 2 without a GPU.
+# Runs every step below, the next one also after a failure, prints one table at the end, and writes
+# RESULTS_FOLDER/gpu_check.json with the steps' exit statuses and seconds. Exits 1 if any step failed,
+# 2 without a GPU. --quick runs `proxy-vllm doctor` alone, in less than 5 minutes.
 # PYTHON chooses the interpreter; STEPS="a b" runs some steps alone, and STEPS=list names them. Every
 # step ends within 10 minutes, for machines that are lent so long, and the results of other steps stay.
 set -u
 cd "$(dirname "$0")/.."
+if [ "${1:-}" = --quick ]; then
+    STEPS=doctor
+    shift
+fi
 out=${1:-benchmarks/results}
 python=${PYTHON:-python}
 
@@ -16,6 +21,9 @@ python=${PYTHON:-python}
 step() { steps+=("$1 $2 ${*:3}"); }
 steps=()
 tests=tests/kernels/test_
+step doctor 300 '$python -m proxy_vllm.cli.main doctor --json $out/doctor.json'
+# One engine a process: vLLM counts waits and compilations from the end of its first warm-up.
+step strict_tests 590 VLLM_GPU_SYNC_CHECK=error pytest_json strict_tests -m gpu tests/e2e/test_gpu_strict.py
 step kernel_tests 580 pytest_json kernel_tests "${tests}"{sample,combine,arguments,precision,reference}.py
 step filter_tests 580 pytest_json filter_tests "${tests}"{filters,fused_head,dispatch,distribution,sharded}.py
 step kernel_gpu_tests 580 pytest_json kernel_gpu_tests -m gpu tests/kernels
@@ -82,6 +90,7 @@ export out python
 
 failed=0
 report=""
+table=""
 for each in "${steps[@]}"; do
     read -r name limit command <<<"$each"
     if [ -n "${STEPS:-}" ] && [[ " $STEPS " != *" $name "* ]]; then
@@ -93,7 +102,12 @@ for each in "${steps[@]}"; do
     status=$?
     [ "$status" -ne 0 ] && failed=1
     report+="${report:+,}\"$name\": {\"status\": $status, \"seconds\": $((SECONDS - start))}"
-    echo "== $name: status $status after $((SECONDS - start)) s"
+    case $status in
+    0) word=passed ;;
+    124) word="failed (after its limit of $limit s)" ;;
+    *) word="failed (status $status)" ;;
+    esac
+    table+=$(printf '%-20s %6d s  %s' "$name" "$((SECONDS - start))" "$word")$'\n'
 done
 "$python" - "$out/gpu_check.json" "{$report}" <<'PYTHON'
 import json, sys
@@ -103,5 +117,5 @@ path = Path(sys.argv[1])
 before = json.loads(path.read_text()) if path.exists() else {}
 path.write_text(json.dumps({**before, **json.loads(sys.argv[2])}, indent=1) + "\n")
 PYTHON
-cat "$out/gpu_check.json"
+printf '\n%s' "$table"
 exit "$failed"

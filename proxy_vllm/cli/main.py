@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "generate": "answer a JSONL file of prompts",
     "bench": "vLLM's own benchmarks, with the trio filled in",
     "plan": "tell memory, speed and slowdown of a trio before any download",
+    "doctor": "check this installation on this machine",
     "demo": "run the embedded trio against its three baselines",
 }
 
