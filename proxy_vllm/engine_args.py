@@ -177,6 +177,8 @@ def _excludes_sampler_graphs(kwargs: dict[str, Any], on_cpu: bool) -> str | None
         return "--enforce-eager excludes CUDA graphs; leave one of them out"
     if int(kwargs.get("tensor_parallel_size") or 1) > 1:
         return "ranks of --tensor-parallel-size exchange tokens outside graphs; leave it out"
+    if kwargs.get("speculative_config"):
+        return "steps that verify drafts sample outside of these graphs; leave one of them out"
     return None
 
 

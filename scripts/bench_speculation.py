@@ -9,6 +9,7 @@ Systems, each an engine in a process of its own:
     base         the base alone in vLLM
     proxy        the three, without drafts
     expert       the three, the expert drafting in place (--speculative-tokens)
+    auto         the same with --speculative-tokens auto
     second_copy  the three, and the expert loaded once more as vLLM's draft model
     base_drafted the base alone, with the small model as vLLM's draft model: the peer to beat
 
@@ -16,8 +17,9 @@ Trios: `demo`, the trained one in the box; `ceiling`, a base of 134M parameters 
 23M that nearly always agree on the next token, so that drafts gain the most they can. All engines
 of a trio live at once and take turns, forth and back: a ratio is of runs seconds apart.
 
-Before anything is timed, answers with drafts must be those without, token by token: of `expert` and
-`second_copy` those of `proxy`, of `base_drafted` those of `base`. Otherwise nothing is reported.
+Before anything is timed, answers with drafts must be those without, token by token: of `expert`,
+`auto` and `second_copy` those of `proxy`, of `base_drafted` those of `base`. Otherwise nothing is
+reported.
 """
 
 import argparse
@@ -40,8 +42,8 @@ from bench_common import (
     script_argv,
 )
 
-SYSTEMS = ("base", "proxy", "expert", "second_copy", "base_drafted")
-PLAIN = {"expert": "proxy", "second_copy": "proxy", "base_drafted": "base"}
+SYSTEMS = ("base", "proxy", "expert", "auto", "second_copy", "base_drafted")
+PLAIN = {"expert": "proxy", "auto": "proxy", "second_copy": "proxy", "base_drafted": "base"}
 PROMPT = 64
 _CEILING = {
     "base": {"hidden": 768, "intermediate": 2048, "layers": 12, "heads": 12, "seed": 1},
@@ -114,6 +116,8 @@ def start(system: str, models: list[str], dtype: str, mode: str, args: argparse.
     }  # fmt: skip
     if system == "expert":
         settings["speculative_tokens"] = args.drafts
+    elif system == "auto":
+        settings["speculative_tokens"] = "auto"
     elif system in ("second_copy", "base_drafted"):
         settings["speculative_config"] = drafter
     begun = time.perf_counter()

@@ -59,7 +59,8 @@ class ProxyModelRunner(GPUModelRunner):
         if not isinstance(sampler, ProxySampler) or not sampler.fusable or not model.packed_width:
             return
         heads, buffers = model.sharded_heads, sampler.row_buffers
-        for count in batch_kinds(self.max_num_reqs, heads.width if heads else model.vocab_size):
+        most = self.max_num_reqs * self.decode_query_len
+        for count in batch_kinds(most, heads.width if heads else model.vocab_size):
             packed = torch.zeros(
                 (count, model.packed_width), dtype=model.hidden_dtype, device=self.device
             )

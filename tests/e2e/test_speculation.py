@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import V2, greedy_params, prompt_ids, running
+from engines import GRAPHS, V2, greedy_params, prompt_ids, running
 from reference_loop import Trio, greedy
 from tiny_models import make_model
 
@@ -259,6 +259,16 @@ def test_each_model_its_own_prompt(trio):
 @pytest.mark.skipif(V2, reason="as long as all other tests on this runner")
 def test_drafts_a_step_as_they_pay(folders, expected):
     with running(**folders, **ENGINE, speculative_tokens="auto") as llm:
+        assert_same(answers(llm), expected)
+        assert counters(llm)["accepted_tokens"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("drafts", [3, "auto"])
+def test_under_cuda_graphs(folders, expected, drafts):
+    """Members compiled, verification and the loop of drafts as graphs."""
+    with running(**folders, **{**ENGINE, **GRAPHS}, speculative_tokens=drafts) as llm:
+        assert_same(answers(llm), expected)
         assert_same(answers(llm), expected)
         assert counters(llm)["accepted_tokens"] > 0
 

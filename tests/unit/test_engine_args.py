@@ -63,6 +63,7 @@ def test_drafts_a_step_as_typed():
         (True, {}, "no CUDA graphs on a CPU"),
         (False, {"enforce_eager": True}, "--enforce-eager"),
         (False, {"tensor_parallel_size": 2}, "--tensor-parallel-size"),
+        (False, {"speculative_config": {"method": "ngram"}}, "verify drafts"),
     ],
 )
 def test_graphs_of_the_sampler_are_refused_where_they_would_do_nothing(
