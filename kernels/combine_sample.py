@@ -21,6 +21,7 @@ import torch
 from vllm.triton_utils import triton
 
 from proxy_vllm.kernels.checks import check_logits
+from proxy_vllm.kernels.columns import Columns, shift_of_missing
 from proxy_vllm.kernels.combine_sample_kernels import (
     combine_kernel,
     combine_only_kernel,
@@ -31,7 +32,7 @@ from proxy_vllm.kernels.combine_sample_kernels import (
 from proxy_vllm.kernels.row_parameters import RowParameters, check_alpha
 from proxy_vllm.kernels.threshold_kernels import MAX_VOCAB
 from proxy_vllm.kernels.thresholds import STAGES, find_thresholds
-from proxy_vllm.kernels.triton_functions import INTERPRETED, num_shared_columns, require_triton
+from proxy_vllm.kernels.triton_functions import INTERPRETED, require_triton
 
 __all__ = ["SampleLaunch", "batch_kinds", "choose_tile", "proxy_combine", "proxy_sample"]
 
@@ -61,20 +62,31 @@ def warps_for(tile: int) -> int:
     return 8 if tile >= _LARGE_TILE else 4
 
 
-def member_pointers(
-    base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor
-) -> dict[str, torch.Tensor | int]:
-    """The members' logits as keyword arguments of a kernel."""
+def formula_arguments(
+    base: torch.Tensor,
+    expert: torch.Tensor,
+    antiexpert: torch.Tensor,
+    columns: Columns,
+    missing_shift: torch.Tensor | None,  # [B] float32
+) -> dict[str, torch.Tensor | int | None]:
+    """What kernels that combine logits need, by keyword."""
     members = {"base": base, "expert": expert, "antiexpert": antiexpert}
     pointers = {f"{name}_ptr": logits for name, logits in members.items()}
     strides = {f"{name}_stride": logits.stride(0) for name, logits in members.items()}
-    return {**pointers, **strides}
+    return {
+        **pointers,
+        **strides,
+        "missing_ptr": missing_shift,
+        "num_cols": base.shape[1],
+        "num_shared": columns.local(columns.shared, base.shape[1]),
+        "num_named": columns.local(columns.named, base.shape[1]),
+    }
 
 
 class SampleLaunch:
     """Buffers and launches of one proxy_sample call, or of one rank's shard of it.
 
-    Columns of the three inputs start at token `vocab_start`; `vocab_size` counts all shards.
+    `missing_shift` [B] is required where a small member lacks some of the `columns`.
     """
 
     def __init__(
@@ -84,9 +96,9 @@ class SampleLaunch:
         antiexpert: torch.Tensor,
         rows: RowParameters,
         *,
+        columns: Columns,
+        missing_shift: torch.Tensor | None = None,
         use_fp64_gumbel: bool = False,
-        vocab_start: int = 0,
-        vocab_size: int | None = None,
         tile: int | None = None,
     ):
         self.rows = rows = rows.complete()
@@ -94,7 +106,7 @@ class SampleLaunch:
         self.tile = tile or choose_tile(num_rows, num_cols)
         self.num_tiles = triton.cdiv(num_cols, self.tile)
         self.grid = (num_rows, self.num_tiles)
-        self.vocab_size = num_cols if vocab_size is None else vocab_size
+        self.columns = columns
         # The filters whose thresholds are searched for, in order.
         self.stages = [stage for stage in STAGES if rows.filtered and stage in rows.used]
 
@@ -110,15 +122,14 @@ class SampleLaunch:
         if rows.filtered:
             self.best_x, self.tile_max, self.tile_min = by_tile(), by_tile(), by_tile()
             self.x = base.new_empty((num_rows, num_cols), dtype=torch.float32)
-        self.members = {
-            **member_pointers(base, expert, antiexpert),
-            "num_shared": num_shared_columns(base, expert, antiexpert),
+        self.formula = {
+            **formula_arguments(base, expert, antiexpert, columns, missing_shift),
+            **rows.pointers("alpha"),
         }
-        self.columns = {"num_cols": num_cols, "vocab_start": vocab_start}
         self.draw = {
             **rows.pointers("temperature", "seeds", "positions", "top_k", "top_p", "min_p"),
-            **self.columns,
-            "vocab_size": self.vocab_size,
+            "vocab_start": columns.start,
+            "vocab_size": columns.total,
             "TILE": self.tile,
             "USE_FP64": use_fp64_gumbel,
             "num_warps": warps_for(self.tile),
@@ -127,14 +138,13 @@ class SampleLaunch:
     def combine(self) -> None:
         """Winners of the tiles of unfiltered rows; scaled logits and extremes of the others."""
         combine_kernel[self.grid](
-            **self.members,
+            **self.formula,
             **self.winners_by_tile,
             x_ptr=self.x,
             x_stride=0 if self.x is None else self.x.stride(0),
             best_x_ptr=self.best_x,
             tile_max_ptr=self.tile_max,
             tile_min_ptr=self.tile_min,
-            **self.rows.pointers("alpha"),
             **self.draw,
             FILTERED=self.rows.filtered,
         )
@@ -169,25 +179,25 @@ class SampleLaunch:
             state_ptr=state,
             **self.winners_by_tile,
             tile_max_ptr=self.tile_max,
+            num_cols=self.x.shape[1],
             **self.draw,
         )
 
     def winners(self, row_max: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens [B] int64, their scores [B]); row_max [B, 1] where tiles lie on other ranks."""
         if not self.rows.filtered:
-            return winner_of_tiles(**self.winners_by_tile, vocab_start=self.columns["vocab_start"])
+            return winner_of_tiles(**self.winners_by_tile, vocab_start=self.columns.start)
         tokens, scores = _results(self.winners_by_tile["best_score_ptr"])
         row_max = self.tile_max if row_max is None else row_max
         assert row_max is not None
         filtered_winner_kernel[(self.grid[0],)](
-            **self.members,
+            **self.formula,
             **self.winners_by_tile,
             best_x_ptr=self.best_x,
             tile_max_ptr=self.tile_max,
             row_max_ptr=row_max,
             token_ptr=tokens,
             score_ptr=scores,
-            **self.rows.pointers("alpha"),
             **self.draw,
             num_tiles=self.num_tiles,
             num_stats=row_max.shape[1],
@@ -228,6 +238,7 @@ def proxy_sample(
     antiexpert: torch.Tensor,  # [B, V_a]
     rows: RowParameters,
     *,
+    columns: Columns | None = None,
     use_fp64_gumbel: bool = False,
     tile: int | None = None,
 ) -> torch.Tensor:  # [B] int64
@@ -235,7 +246,7 @@ def proxy_sample(
 
     Logits are float32, bfloat16 or float16, of any row stride and of each member's own width;
     what a width, an infinity or a NaN means is written at `reference.combine`, what a parameter
-    means at `RowParameters`.
+    means at `RowParameters`. Without `columns`, each column of the base is a token that has a name.
 
     temperature 0 is argmax, lowest index on ties. The filters apply in vLLM's order and keep the
     set of `reference.kept_row`. A NaN logit is never drawn while the row has a finite one; a row
@@ -264,8 +275,16 @@ def proxy_sample(
     if num_rows == 0:
         return base.new_empty(0, dtype=torch.int64)
     require_triton(base)
+    columns = columns or Columns.of(base, expert, antiexpert)
     launch = SampleLaunch(
-        base, expert, antiexpert, rows, use_fp64_gumbel=use_fp64_gumbel, tile=tile
+        base,
+        expert,
+        antiexpert,
+        rows,
+        columns=columns,
+        missing_shift=shift_of_missing(expert, antiexpert, columns),
+        use_fp64_gumbel=use_fp64_gumbel,
+        tile=tile,
     )
     launch.combine()
     if launch.stages:
@@ -279,13 +298,16 @@ def proxy_combine(
     antiexpert: torch.Tensor,  # [B, V_a]
     alpha: torch.Tensor,  # [B] float32
     *,
+    columns: Columns | None = None,
+    missing_shift: torch.Tensor | None = None,  # [B] float32
     out: torch.Tensor | None = None,  # [B, V] float32
 ) -> torch.Tensor:  # [B, V] float32
     """base + alpha * (expert - antiexpert) in float32, as proxy_sample computes it.
 
     For what needs the whole distribution: logprobs, penalties, grammar masks. Arguments and errors
     as proxy_sample; NaN stays NaN, so that vLLM's count of NaN logits still sees it. `out` may have
-    any row stride, and may be `base` itself where that is float32.
+    any row stride, and may be `base` itself where that is float32. `missing_shift` is that of
+    `shift_of_missing`, computed here unless it is given (for shards).
     """
     check_logits(base, expert, antiexpert)
     num_rows, vocab_size = base.shape
@@ -302,14 +324,15 @@ def proxy_combine(
     if num_rows == 0:
         return out
     require_triton(base)
+    columns = columns or Columns.of(base, expert, antiexpert)
+    if missing_shift is None:
+        missing_shift = shift_of_missing(expert, antiexpert, columns)
     tile = choose_tile(num_rows, vocab_size)
     combine_only_kernel[(num_rows, triton.cdiv(vocab_size, tile))](
-        **member_pointers(base, expert, antiexpert),
+        **formula_arguments(base, expert, antiexpert, columns, missing_shift),
         out_ptr=out,
         out_stride=out.stride(0),
         alpha_ptr=alpha,
-        num_cols=vocab_size,
-        num_shared=num_shared_columns(base, expert, antiexpert),
         TILE=tile,
         num_warps=warps_for(tile),
     )

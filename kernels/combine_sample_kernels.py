@@ -102,6 +102,7 @@ def combine_kernel(
     expert_stride,
     antiexpert_ptr,
     antiexpert_stride,
+    missing_ptr,  # [B] float32, or None: see combine_tile
     best_score_ptr,  # [B, num_tiles]
     best_token_ptr,  # [B, num_tiles] int32
     x_ptr,  # [B, V] float32, scaled logits of rows with top-k or top-p; these five: if FILTERED
@@ -118,6 +119,7 @@ def combine_kernel(
     min_p_ptr,
     num_cols,
     num_shared,
+    num_named,
     vocab_start,
     vocab_size,
     TILE: tl.constexpr,
@@ -129,14 +131,9 @@ def combine_kernel(
     temperature = tl.load(temperature_ptr + row)
     cols = tile * TILE + tl.arange(0, TILE)
     logits = unscaled_tile(
-        base_ptr + row * base_stride,
-        expert_ptr + row * expert_stride,
-        antiexpert_ptr + row * antiexpert_stride,
-        cols,
-        num_cols,
-        num_shared,
-        tl.load(alpha_ptr + row),
-    )
+        row, cols, base_ptr, base_stride, expert_ptr, expert_stride, antiexpert_ptr,
+        antiexpert_stride, missing_ptr, alpha_ptr, num_cols, num_shared, num_named,
+    )  # fmt: skip
     out = row * tl.num_programs(1) + tile
     seed = tl.load(seeds_ptr + row)
     position = tl.load(positions_ptr + row)
@@ -270,6 +267,7 @@ def filtered_winner_kernel(
     expert_stride,
     antiexpert_ptr,
     antiexpert_stride,
+    missing_ptr,
     best_score_ptr,
     best_token_ptr,
     best_x_ptr,
@@ -286,6 +284,7 @@ def filtered_winner_kernel(
     min_p_ptr,
     num_cols,
     num_shared,
+    num_named,
     vocab_start,
     vocab_size,
     num_tiles,
@@ -313,7 +312,6 @@ def filtered_winner_kernel(
         winner = tl.load(best_x_ptr + at, mask=tiles < num_tiles, other=float("-inf"))
         scores = tl.where(winner >= threshold, scores, float("-inf"))
         again = ((winner < threshold) & (largest >= threshold)).to(tl.int32)
-        alpha = tl.load(alpha_ptr + row)
         seed = tl.load(seeds_ptr + row)
         position = tl.load(positions_ptr + row)
         while tl.max(again, axis=0) > 0:
@@ -321,14 +319,9 @@ def filtered_winner_kernel(
             again = tl.where(tiles == tile, 0, again)
             cols = tile * TILE + tl.arange(0, TILE)
             logits = unscaled_tile(
-                base_ptr + row * base_stride,
-                expert_ptr + row * expert_stride,
-                antiexpert_ptr + row * antiexpert_stride,
-                cols,
-                num_cols,
-                num_shared,
-                alpha,
-            )
+                row, cols, base_ptr, base_stride, expert_ptr, expert_stride, antiexpert_ptr,
+                antiexpert_stride, missing_ptr, alpha_ptr, num_cols, num_shared, num_named,
+            )  # fmt: skip
             x = logits / temperature
             x = tl.where(x >= threshold, x, float("-inf"))
             score, index = _exact_winner(
@@ -347,22 +340,19 @@ def combine_only_kernel(
     expert_stride,
     antiexpert_ptr,
     antiexpert_stride,
+    missing_ptr,
     out_ptr,
     out_stride,
     alpha_ptr,
     num_cols,
     num_shared,
+    num_named,
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * TILE + tl.arange(0, TILE)
     logits = combine_tile(
-        base_ptr + row * base_stride,
-        expert_ptr + row * expert_stride,
-        antiexpert_ptr + row * antiexpert_stride,
-        cols,
-        num_cols,
-        num_shared,
-        tl.load(alpha_ptr + row),
-    )
+        row, cols, base_ptr, base_stride, expert_ptr, expert_stride, antiexpert_ptr,
+        antiexpert_stride, missing_ptr, alpha_ptr, num_cols, num_shared, num_named,
+    )  # fmt: skip
     tl.store(out_ptr + row * out_stride + cols, logits, mask=cols < num_cols)

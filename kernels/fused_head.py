@@ -17,6 +17,7 @@ from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.sample.gumbel import _log1p_neg_stable, murmur3_uniform32
 
 from proxy_vllm.kernels.checks import LOGIT_DTYPES
+from proxy_vllm.kernels.columns import Columns
 from proxy_vllm.kernels.combine_sample import winner_of_tiles
 from proxy_vllm.kernels.row_parameters import RowParameters
 from proxy_vllm.kernels.triton_functions import INTERPRETED, require_triton
@@ -97,7 +98,7 @@ def head_kernel(
     positions_ptr,
     num_rows,
     num_cols,
-    num_shared,
+    num_named,
     vocab_start,
     BLOCK_B: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -122,17 +123,17 @@ def head_kernel(
         # Two accumulators, not one of the difference: equal members then cancel exactly.
         expert = _head_tile(
             expert_hidden_ptr, expert_hidden_stride, expert_weight_ptr, expert_weight_stride, rows,
-            num_rows, cols, num_shared, expert_size, expert_cap, expert_scale,
+            num_rows, cols, num_named, expert_size, expert_cap, expert_scale,
             BLOCK_B, BLOCK_V, BLOCK_K, SMALL_CAP, UPCAST,
         )  # fmt: skip
         antiexpert = _head_tile(
             antiexpert_hidden_ptr, antiexpert_hidden_stride, antiexpert_weight_ptr,
-            antiexpert_weight_stride, rows, num_rows, cols, num_shared, antiexpert_size,
+            antiexpert_weight_stride, rows, num_rows, cols, num_named, antiexpert_size,
             antiexpert_cap, antiexpert_scale, BLOCK_B, BLOCK_V, BLOCK_K, SMALL_CAP, UPCAST,
         )  # fmt: skip
         shifted = tl.fma(expert - antiexpert, tl.broadcast_to(alpha[None, :], logits.shape), logits)
-        shared = (cols < num_shared)[:, None] & (alpha != 0.0)[None, :]
-        logits = tl.where(shared, shifted, logits)
+        shifted = tl.where((cols < num_named)[:, None], shifted, float("-inf"))
+        logits = tl.where((alpha != 0.0)[None, :], shifted, logits)
     logits = tl.where((cols < num_cols)[:, None] & (logits == logits), logits, float("-inf"))
     drawn = (temperature != 0.0)[None, :]
     if tl.max(temperature, axis=0) > 0.0:
@@ -187,22 +188,28 @@ def fused_head_sample(
     weights: Sequence[torch.Tensor],  # 3 x [V_m, d_m]
     rows: RowParameters,
     *,
+    columns: Columns | None = None,
     soft_caps: Sequence[float | None] = (None, None, None),
     scales: Sequence[float] = (1.0, 1.0, 1.0),
-    vocab_start: int = 0,
     block_v: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens [B] int64, their scores [B] float32) without materialised logits.
 
     As proxy_sample without filters on `reference.head_logits` of each member; a head's rows beyond
-    the base's V are cut and missing ones shift nothing. Hidden state and weight of a member share
-    a dtype (float32, bfloat16 or float16); products accumulate in float32, float32 inputs without
-    TF32. `vocab_start` is the token of row 0 of the weights, for shards: merge scores with
-    `sharded.merge_shards`. Either both small members have a soft cap or neither.
+    the base's V are cut. Hidden state and weight of a member share a dtype (float32, bfloat16 or
+    float16); products accumulate in float32, float32 inputs without TF32. `columns` says which
+    tokens the rows of the weights are, for shards: merge scores with `sharded.merge_shards`. Either
+    both small members have a soft cap or neither. Both must have every named token of the base:
+    what else they lack is shifted by sums over all of their logits.
 
     Raises ValueError naming the argument with a wrong shape, dtype, device or stride, or a filter.
     """
     _check(hidden, weights, soft_caps)
+    columns = columns or Columns.of(*(w.T for w in weights))
+    if columns.some_missing:
+        raise ValueError(
+            f"columns: the small members lack {columns.named - columns.shared} named tokens"
+        )
     base = hidden[0]
     num_rows = base.shape[0]
     rows.check(num_rows, base.device)
@@ -238,8 +245,8 @@ def fused_head_sample(
         **rows.pointers("alpha", "temperature", "seeds", "positions"),
         num_rows=num_rows,
         num_cols=num_cols,
-        num_shared=min(w.shape[0] for w in weights),
-        vocab_start=vocab_start,
+        num_named=columns.local(columns.named, num_cols),
+        vocab_start=columns.start,
         BLOCK_B=block_b,
         BLOCK_V=block_v,
         BLOCK_K=block_k,
@@ -249,7 +256,7 @@ def fused_head_sample(
         num_warps=4 if block_b == 16 else 8,
         num_stages=3,
     )
-    return winner_of_tiles(best_score, best_token, vocab_start)
+    return winner_of_tiles(best_score, best_token, columns.start)
 
 
 def _check(hidden, weights, soft_caps) -> None:

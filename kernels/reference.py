@@ -15,6 +15,7 @@ import math
 
 import torch
 
+from proxy_vllm.kernels.columns import log_sums
 from proxy_vllm.kernels.row_parameters import RowParameters
 
 _MASK32 = 0xFFFFFFFF
@@ -25,29 +26,46 @@ def combine(
     expert: torch.Tensor,  # [B, V_e]
     antiexpert: torch.Tensor,  # [B, V_a]
     alpha: torch.Tensor,  # [B]
+    named: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:  # [B, V]
     """The shifted logits, all arithmetic in `dtype`.
 
-    - The base decides the vocabulary: columns of the other two beyond V are cut, and where one of
-      them has no column the base's logit stands alone.
-    - An infinite expert or antiexpert logit counts as a missing column.
+    - alpha == 0 gives the base's logits in every column, whatever the other two hold.
+    - The base decides the vocabulary: columns of the other two beyond V are cut.
+    - Columns from `named` on are padding, which no tokenizer names: -inf. A model's logits mean the
+      same with a constant added to all of them, and training leaves those of padding behind; a
+      constant in one small member would move all named tokens against them.
+    - A named column that a small member lacks is shifted by alpha * (lse(expert) -
+      lse(antiexpert)), the log-sum-exps over the columns that all three have. That is the formula
+      on log-probabilities, base + alpha * (log p_expert - log p_antiexpert), with the ratio 1 for
+      a token of which the small members say nothing, and then the same constant taken off every
+      column: the others keep exactly the paper's logits, and a constant added to any one member
+      changes no probability. Leaving the base's logit as it is would not have the latter; leaving
+      the token out would keep a base from ending its turn by a token that it alone has.
+    - A token that the expert's or the antiexpert's infinite logit forbids: -inf.
     - A base logit of -inf stays -inf.
-    - alpha == 0 gives the base's logits, whatever the other two hold.
     - Evaluated as written, difference first: equal expert and antiexpert leave the base exactly,
       and with base == antiexpert and alpha == 1 the expert comes back up to the rounding of one
       subtraction and one addition (exactly, for bfloat16 logits of like magnitude in float32).
     - NaN in the base, or in a member that counts, gives NaN.
     """
     base = base.to(dtype)
-    shared = min(base.shape[1], expert.shape[1], antiexpert.shape[1])
+    named = base.shape[1] if named is None else min(named, base.shape[1])
+    shared = min(named, expert.shape[1], antiexpert.shape[1])
     e = expert[:, :shared].to(dtype)
     a = antiexpert[:, :shared].to(dtype)
-    shift = torch.where(e.isinf() | a.isinf(), torch.zeros_like(e), e - a)
-    logits = base.clone()
-    logits[:, :shared] += alpha.to(dtype)[:, None] * shift
-    keep_base = (alpha == 0)[:, None] | (base == -torch.inf)
-    return torch.where(keep_base, base, logits)
+    forbidden = e.isinf() | a.isinf()
+    shift = torch.full_like(base, torch.nan)
+    shift[:, :shared] = torch.where(forbidden, -torch.inf, e - a)
+    if shared < named:
+        sums = log_sums(e, a)
+        shift[:, shared:named] = sums[:, :1] - sums[:, 1:]
+    shift[:, named:] = -torch.inf
+    # Not by a product, since alpha may be negative.
+    logits = torch.where(shift == -torch.inf, shift, base + alpha.to(dtype)[:, None] * shift)
+    logits = torch.where(base == -torch.inf, base, logits)
+    return torch.where((alpha == 0)[:, None], base, logits)
 
 
 def head_logits(
@@ -162,10 +180,11 @@ def scores(
     antiexpert: torch.Tensor,
     rows: RowParameters,
     *,
+    named: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:  # [B, V]
     """What proxy_sample takes the argmax of: -inf where a filter drops the token."""
-    x = scaled(combine(base, expert, antiexpert, rows.alpha, dtype), rows.temperature)
+    x = scaled(combine(base, expert, antiexpert, rows.alpha, named, dtype), rows.temperature)
     token_ids = torch.arange(x.shape[1], device=x.device)
     out = x.clone()
     kept_tokens = kept(x, rows)
@@ -181,8 +200,9 @@ def probabilities(
     antiexpert: torch.Tensor,
     rows: RowParameters,
     *,
+    named: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:  # [B, V]
     """Distribution that proxy_sample draws from; every temperature above 0."""
-    x = scaled(combine(base, expert, antiexpert, rows.alpha, dtype), rows.temperature)
+    x = scaled(combine(base, expert, antiexpert, rows.alpha, named, dtype), rows.temperature)
     return torch.softmax(torch.where(kept(x, rows), x, -torch.inf), dim=-1)

@@ -5,7 +5,7 @@ Each rank combines its own columns of the three members; what the ranks exchange
 id and sums are integers, so tokens equal those of the unsharded kernels.
 
 Shards follow the base's boundaries: on every rank column 0 of all three shards is token
-`vocab_start`, the expert's and antiexpert's shards may be shorter or longer than the base's.
+`columns.start`, the expert's and antiexpert's shards may be shorter or longer than the base's.
 `realign_columns` brings a member there whose padding put its boundaries elsewhere (Qwen2.5 pads
 151936 to 152064 for some sizes); loading its head on the base's boundaries costs nothing at run
 time and is better.
@@ -18,6 +18,7 @@ Collectives of one call, each an all_gather (float64 unless said):
 | min-p | 2 | 16 + 8 |
 | top-k or top-p | 2 + 8 | 16 + 8 + 8 * 144 (int64) |
 | top-k and top-p | 2 + 16 | 16 + 8 + 16 * 144 (int64) |
+| tokens that a small member lacks | 1 more | 8 (float32) more |
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from proxy_vllm.kernels.checks import check_logits
+from proxy_vllm.kernels.columns import Columns, shift_of_missing
 from proxy_vllm.kernels.combine_sample import SampleLaunch, proxy_combine, warps_for
 from proxy_vllm.kernels.row_parameters import RowParameters
 from proxy_vllm.kernels.threshold_kernels import MAX_VOCAB
@@ -83,9 +85,12 @@ def merge_ranks(
     return merge_shards(pairs[..., 0], pairs[..., 1].long())
 
 
-def _no_columns(tensor: torch.Tensor) -> torch.Tensor:
-    """Stands in for an empty shard: one column that cannot win."""
-    return tensor.new_full((tensor.shape[0], 1), -torch.inf)
+def _some_columns(*shards: torch.Tensor) -> list[torch.Tensor]:
+    """The members' shards; for an empty one a column that cannot win."""
+    return [
+        shard.new_full((shard.shape[0], 1), -torch.inf) if shard.shape[-1] == 0 else shard
+        for shard in shards
+    ]
 
 
 @dataclass
@@ -101,28 +106,22 @@ class ShardedSampler:
         antiexpert: torch.Tensor,  # [B, n_a]
         rows: RowParameters,
         *,
-        vocab_start: int,
-        vocab_size: int,
+        columns: Columns,
         use_fp64_gumbel: bool = False,
         tile: int | None = None,
     ) -> torch.Tensor:  # [B] int64, the same on every rank
         """proxy_sample over shards: same arguments, tokens and errors.
 
-        `vocab_start` is the first token of this rank's shard, `vocab_size` the columns of all
-        shards; shards neither overlap nor leave a gap, and may be empty. Every rank must pass the
-        same filters: they decide which collectives run.
+        Shards neither overlap nor leave a gap, and may be empty. Every rank must pass the same
+        filters: they decide which collectives run.
         """
-        if base.dim() == 2 and base.shape[1] == 0:
-            base, expert, antiexpert = (_no_columns(t) for t in (base, expert, antiexpert))
-        expert, antiexpert = (
-            _no_columns(t) if t.shape[-1] == 0 else t for t in (expert, antiexpert)
-        )
+        base, expert, antiexpert = _some_columns(base, expert, antiexpert)
         check_logits(base, expert, antiexpert)
         rows.check(base.shape[0], base.device)
-        if not 0 < vocab_size <= MAX_VOCAB:
-            raise ValueError(f"vocab_size: {vocab_size} is not within 1..{MAX_VOCAB}")
-        if not 0 <= vocab_start <= vocab_size:
-            raise ValueError(f"vocab_start: {vocab_start} is outside 0..{vocab_size}")
+        if not 0 < columns.total <= MAX_VOCAB:
+            raise ValueError(f"columns: {columns.total} are not within 1..{MAX_VOCAB}")
+        if not 0 <= columns.start <= columns.total:
+            raise ValueError(f"columns: the first, {columns.start}, is outside 0..{columns.total}")
         if base.shape[0] == 0:
             return base.new_empty(0, dtype=torch.int64)
         require_triton(base)
@@ -131,9 +130,9 @@ class ShardedSampler:
             expert,
             antiexpert,
             rows,
+            columns=columns,
+            missing_shift=self.missing_shift(expert, antiexpert, columns),
             use_fp64_gumbel=use_fp64_gumbel,
-            vocab_start=vocab_start,
-            vocab_size=vocab_size,
             tile=tile,
         )
         launch.combine()
@@ -144,6 +143,26 @@ class ShardedSampler:
                 launch.draw_filtered(self._thresholds(launch, row_max, row_min))
         tokens, scores = launch.winners(row_max)
         return merge_ranks(self.exchange, scores, tokens)
+
+    def missing_shift(
+        self, expert: torch.Tensor, antiexpert: torch.Tensor, columns: Columns
+    ) -> torch.Tensor | None:  # [B] float32
+        """`shift_of_missing` over all shards: one collective, where they lack any."""
+        return shift_of_missing(expert, antiexpert, columns, self.exchange.gather)
+
+    def combine(
+        self,
+        base: torch.Tensor,  # [B, n]
+        expert: torch.Tensor,
+        antiexpert: torch.Tensor,
+        alpha: torch.Tensor,  # [B] float32
+        *,
+        columns: Columns,
+    ) -> torch.Tensor:  # [B, n] float32; of an empty shard one column of -inf
+        """proxy_combine of this rank's columns."""
+        base, expert, antiexpert = _some_columns(base, expert, antiexpert)
+        shift = self.missing_shift(expert, antiexpert, columns)
+        return proxy_combine(base, expert, antiexpert, alpha, columns=columns, missing_shift=shift)
 
     def _extremes(self, launch: SampleLaunch) -> tuple[torch.Tensor, torch.Tensor]:
         """([B, 1], [B, 1]) largest and smallest finite scaled logit of all shards.
@@ -168,7 +187,7 @@ class ShardedSampler:
                 row_max,
                 row_min,
                 launch.rows,
-                vocab_size=launch.vocab_size,
+                vocab_size=launch.columns.total,
                 tile=launch.tile,
                 num_pivots=NUM_PIVOTS,
                 by_key=True,
@@ -201,8 +220,7 @@ class ShardedSampler:
         tokens: torch.Tensor,  # [B] int64, sampled tokens
         num_logprobs: int,
         *,
-        vocab_start: int,
-        vocab_size: int,
+        columns: Columns,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Raw logprobs of the combined logits, from per-shard candidates and log-sum-exps.
 
@@ -210,32 +228,27 @@ class ShardedSampler:
         logprobs float32; [B] rank of the sampled token, 0 for the most likely). Of equals any may
         come first, as with torch.topk. Two collectives: 8 * (2 n + 2) bytes a row, then 8.
         """
-        if base.shape[1] == 0:
-            base, expert, antiexpert = (_no_columns(t) for t in (base, expert, antiexpert))
-        expert, antiexpert = (
-            _no_columns(t) if t.shape[-1] == 0 else t for t in (expert, antiexpert)
-        )
-        logits = proxy_combine(base, expert, antiexpert, alpha)
+        logits = self.combine(base, expert, antiexpert, alpha, columns=columns)
         num_cols = logits.shape[1]
-        local = tokens - vocab_start
+        local = tokens - columns.start
         mine = (local >= 0) & (local < num_cols)
         own = logits.gather(1, local.clamp(0, num_cols - 1)[:, None])[:, 0]
         own = torch.where(mine, own, -torch.inf)
         wanted = min(num_logprobs, num_cols)
-        values, columns = logits.topk(wanted, dim=1)
+        values, ids = logits.topk(wanted, dim=1)
         padding = num_logprobs - wanted
         values = torch.nn.functional.pad(values, (0, padding), value=-torch.inf)
-        columns = torch.nn.functional.pad(columns + vocab_start, (0, padding), value=vocab_size)
+        ids = torch.nn.functional.pad(ids + columns.start, (0, padding), value=columns.total)
         packed = torch.cat(
-            [logits.logsumexp(1, keepdim=True), own[:, None], values, columns], dim=1
+            [logits.logsumexp(1, keepdim=True), own[:, None], values, ids], dim=1
         ).double()
         gathered = self.exchange.gather(packed)
         lse = gathered[..., 0].logsumexp(dim=0)
         own = gathered[..., 1].amax(dim=0)
         values = gathered[..., 2 : 2 + num_logprobs].transpose(0, 1).flatten(1)
-        columns = gathered[..., 2 + num_logprobs :].transpose(0, 1).flatten(1).long()
+        ids = gathered[..., 2 + num_logprobs :].transpose(0, 1).flatten(1).long()
         order = values.sort(dim=1, descending=True, stable=True).indices[:, :num_logprobs]
-        ids = torch.cat([tokens[:, None], columns.gather(1, order)], dim=1)
+        ids = torch.cat([tokens[:, None], ids.gather(1, order)], dim=1)
         scores = torch.cat([own[:, None], values.gather(1, order)], dim=1) - lse[:, None]
         larger = (logits.double() > own[:, None]).sum(dim=1)
         ranks = self.exchange.gather(larger).sum(dim=0)

@@ -17,7 +17,6 @@ __all__ = [
     "gumbel_noised_argmax",
     "key_float",
     "murmur3_hash32",
-    "num_shared_columns",
     "require_triton",
     "row_filters",
     "unscaled_tile",
@@ -76,46 +75,67 @@ def key_float(key):
 
 @triton.jit
 def combine_tile(
-    base_row,  # pointer to base[row, 0]
-    expert_row,
-    antiexpert_row,
+    row,  # int64
     cols,  # [TILE] int
-    vocab_size,
+    base_ptr,  # [B, V]
+    base_stride,
+    expert_ptr,
+    expert_stride,
+    antiexpert_ptr,
+    antiexpert_stride,
+    missing_ptr,  # [B] float32, shift of what a small member lacks; None where they lack nothing
+    alpha_ptr,  # [B] float32
+    num_cols,
     num_shared,  # columns that all three members have
-    alpha,  # float32 scalar
+    num_named,  # columns that a tokenizer names
 ):
     """base + alpha * (expert - antiexpert) in float32 for one tile of one row.
 
-    Past vocab_size: -inf. See reference.combine for what infinities and NaN do.
+    Past num_cols: -inf. See `reference.combine` for the columns past the other two counts, and for
+    what infinities and NaN do.
     """
-    base = tl.load(base_row + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32)
+    base = tl.load(base_ptr + row * base_stride + cols, mask=cols < num_cols, other=float("-inf"))
+    base = base.to(tl.float32)
     logits = base
+    alpha = tl.load(alpha_ptr + row)
     if alpha != 0.0:
         shared = cols < num_shared
-        expert = tl.load(expert_row + cols, mask=shared, other=0.0).to(tl.float32)
-        antiexpert = tl.load(antiexpert_row + cols, mask=shared, other=0.0).to(tl.float32)
-        unknown = (tl.abs(expert) == float("inf")) | (tl.abs(antiexpert) == float("inf"))
-        shift = tl.where(unknown, 0.0, expert - antiexpert)
+        missing = 0.0
+        if missing_ptr is not None:
+            missing = tl.load(missing_ptr + row)
+        expert = tl.load(expert_ptr + row * expert_stride + cols, mask=shared, other=0.0)
+        antiexpert = tl.load(
+            antiexpert_ptr + row * antiexpert_stride + cols, mask=shared, other=0.0
+        )
+        expert = tl.where(shared, expert.to(tl.float32), missing)
+        antiexpert = antiexpert.to(tl.float32)
+        forbidden = (tl.abs(expert) == float("inf")) | (tl.abs(antiexpert) == float("inf"))
+        forbidden = forbidden | (base == float("-inf")) | (cols >= num_named)
         # An explicit fma: left to the compiler, the rounding would differ between kernels.
-        logits = tl.where(base == float("-inf"), base, tl.fma(shift, alpha, base))
+        shifted = tl.fma(expert - antiexpert, alpha, base)
+        logits = tl.where(forbidden, float("-inf"), shifted)
     return logits
 
 
 @triton.jit
 def unscaled_tile(
-    base_row,
-    expert_row,
-    antiexpert_row,
+    row,
     cols,
-    vocab_size,
+    base_ptr,
+    base_stride,
+    expert_ptr,
+    expert_stride,
+    antiexpert_ptr,
+    antiexpert_stride,
+    missing_ptr,
+    alpha_ptr,
+    num_cols,
     num_shared,
-    alpha,
+    num_named,
 ):
     """combine_tile with NaN made -inf, so that no reduction ever meets one."""
-    logits = combine_tile(base_row, expert_row, antiexpert_row, cols, vocab_size, num_shared, alpha)
+    logits = combine_tile(
+        row, cols, base_ptr, base_stride, expert_ptr, expert_stride, antiexpert_ptr,
+        antiexpert_stride, missing_ptr, alpha_ptr, num_cols, num_shared, num_named,
+    )  # fmt: skip
     return tl.where(logits == logits, logits, float("-inf"))
-
-
-def num_shared_columns(base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor) -> int:
-    """Columns of the base that both small members have."""
-    return min(base.shape[1], expert.shape[1], antiexpert.shape[1])

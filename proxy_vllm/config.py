@@ -55,6 +55,10 @@ class ProxyConfig:
             until it has been measured to be faster; one rank.
         speculative_tokens: how many tokens the expert drafts in a step, ``"auto"`` to choose by
             what is accepted, or None for no drafts.
+        named_tokens: one past the largest of the base's tokens that a member's tokenizer names;
+            None where no tokenizer is read. Found at start-up, not set by users. The columns after
+            it are padding, and are never drawn unless a request's alpha is 0.
+        unnamed_tokens: the tokens before that which no tokenizer names.
     """
 
     expert: str
@@ -72,6 +76,8 @@ class ProxyConfig:
     fused_head_max_batch: int = 0
     sampler_cuda_graphs: bool = False
     speculative_tokens: int | str | None = None
+    named_tokens: int | None = None
+    unnamed_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for role in ("expert", "antiexpert"):
@@ -161,6 +167,7 @@ class ProxyConfig:
         """The JSON form in which the configuration reaches the workers."""
         data = dataclasses.asdict(self)
         data["alpha_range"] = list(self.alpha_range)
+        data["unnamed_tokens"] = list(self.unnamed_tokens)
         return data
 
     @classmethod
@@ -171,6 +178,7 @@ class ProxyConfig:
         data = dict(data)
         if "alpha_range" in data:
             data["alpha_range"] = tuple(data["alpha_range"])
+        data["unnamed_tokens"] = tuple(data.get("unnamed_tokens", ()))
         return cls(**data)
 
     @classmethod

@@ -47,6 +47,7 @@ def prepare_engine_args(
     Raises:
         UserError: members that do not fit together, or arguments that they cannot honour.
     """
+    from proxy_vllm.checks.token_names import with_named_tokens
     from proxy_vllm.plugin import register
     from proxy_vllm.surface import show_expert
     from proxy_vllm.validate import validate_trio
@@ -62,6 +63,8 @@ def prepare_engine_args(
         base_chat_template=base_chat_template,
         caps_max_tokens=caps_max_tokens,
     )
+    if not kwargs.get("skip_tokenizer_init"):
+        proxy = with_named_tokens(proxy, configs)
     return apply_to_engine_args(kwargs, proxy)
 
 

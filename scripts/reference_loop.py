@@ -23,32 +23,71 @@ Process = Callable[[list[int], torch.Tensor], torch.Tensor]
 
 @dataclass
 class Trio:
-    """The three models, in the order in which the formula names them."""
+    """The three models, in the order in which the formula names them.
+
+    ``named`` [n] bool says which tokens a tokenizer of theirs names, of n tokens; the base's other
+    columns are padding. None: it has none.
+    """
 
     base: torch.nn.Module
     expert: torch.nn.Module
     antiexpert: torch.nn.Module
+    named: torch.Tensor | None = None
 
     @classmethod
     def load(cls, base: str, expert: str, antiexpert: str, dtype: torch.dtype) -> "Trio":
-        return cls(
-            *(
-                AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
-                for name in (base, expert, antiexpert)
-            )
-        )
+        names = (base, expert, antiexpert)
+        models = [AutoModelForCausalLM.from_pretrained(n, dtype=dtype).eval() for n in names]
+        return cls(*models, named=named_tokens(names))
+
+    def combine(
+        self, base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor, alpha: float
+    ) -> torch.Tensor:
+        return combine(base, expert, antiexpert, alpha, self.named)
 
     def models(self) -> tuple[torch.nn.Module, ...]:
         return self.base, self.expert, self.antiexpert
 
 
+def named_tokens(names: Sequence[str]) -> torch.Tensor | None:  # [n] bool
+    """Which token ids the models' tokenizers name; None where a folder has no tokenizer."""
+    try:
+        ids = [AutoTokenizer.from_pretrained(name).get_vocab().values() for name in names]
+    except (OSError, ValueError):
+        return None
+    every = torch.tensor([index for own in ids for index in own])
+    return torch.zeros(int(every.max()) + 1, dtype=torch.bool).index_fill_(0, every, True)
+
+
 def combine(
-    base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor, alpha: float
+    base: torch.Tensor,
+    expert: torch.Tensor,
+    antiexpert: torch.Tensor,
+    alpha: float,
+    named: torch.Tensor | None = None,  # [n] bool
 ) -> torch.Tensor:  # three [..., V_m] -> [..., V] float32
-    """The formula over the columns that all three have; the others keep the base's logit."""
-    width = min(base.shape[-1], expert.shape[-1], antiexpert.shape[-1])
+    """The formula over the tokens that all three have.
+
+    To a token that a small member lacks, both give the same log-probability. All other logits would
+    then have the difference of log-sum-exps taken off; here the few have it added. Columns that no
+    tokenizer names are never taken, unless alpha is 0, which is the base as it is.
+    """
     logits = base.float().clone()
-    logits[..., :width] += alpha * (expert[..., :width].float() - antiexpert[..., :width].float())
+    if alpha == 0:
+        return logits
+    size = logits.shape[-1]
+    width = min(size, expert.shape[-1], antiexpert.shape[-1])
+    small = [member[..., :width].float() for member in (expert, antiexpert)]
+    logits[..., :width] += alpha * (small[0] - small[1])
+    if named is not None:
+        padding = torch.ones(size, dtype=torch.bool)
+        padding[: len(named)] = ~named[:size]
+        logits[..., padding] = -torch.inf
+    if width < size:
+        if named is not None:
+            small = [member.masked_fill(padding[:width], -torch.inf) for member in small]
+        levels = [member.logsumexp(-1, keepdim=True) for member in small]
+        logits[..., width:] += alpha * (levels[0] - levels[1])
     return logits
 
 
@@ -91,7 +130,7 @@ def greedy(
         logits.append(out.logits[0, -1])
     tokens, steps = [], []
     while True:
-        combined = combine(*logits, alpha)
+        combined = trio.combine(*logits, alpha)
         steps.append(combined)
         chosen = combined if process is None else process(tokens, combined.clone())
         tokens.append(int(chosen.argmax()))
@@ -108,7 +147,7 @@ def greedy(
 def prompt_logits(trio: Trio, ids: Prompt, alpha: float = 1.0) -> torch.Tensor:  # [T, V]
     """Combined logits after every position of one prompt."""
     whole = torch.tensor([list(ids)])
-    return combine(*(m(own_ids(m, whole)).logits[0] for m in trio.models()), alpha)
+    return trio.combine(*(m(own_ids(m, whole)).logits[0] for m in trio.models()), alpha)
 
 
 @torch.inference_mode()
@@ -120,7 +159,7 @@ def answer_logits(
     for model, ids in zip(trio.models(), prompts_of(prompt)):
         whole = torch.tensor([[*ids, *tokens[:-1]]])
         logits.append(model(own_ids(model, whole)).logits[0, len(ids) - 1 :])
-    return combine(*logits, alpha)
+    return trio.combine(*logits, alpha)
 
 
 @torch.inference_mode()
@@ -151,7 +190,7 @@ def greedy_batch(
             )
             caches[i] = out.past_key_values
             logits.append(out.logits[:, -1])
-        ids = combine(*logits, alpha).argmax(-1, keepdim=True)
+        ids = trio.combine(*logits, alpha).argmax(-1, keepdim=True)
         produced.append(ids)
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         positions = mask.sum(1, keepdim=True) - 1

@@ -1,5 +1,6 @@
 """Random tiny models on disk, of several architectures, with a shared tokenizer of V tokens."""
 
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -22,11 +23,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tokenizer(folder: Path, vocab_size: int, renamed: dict[int, str] | None = None) -> None:
+def save_tokenizer(
+    folder: Path,
+    vocab_size: int,
+    renamed: dict[int, str] | None = None,
+    unnamed: Container[int] = (),
+) -> None:
     """A word-level tokenizer: token i is ``w{i}``, and the ends of text are the first two ids."""
     names = {i: f"w{i}" for i in range(vocab_size)}
     names.update({0: "<pad>", 1: "</s>", 2: "user", 3: "assistant", **(renamed or {})})
-    vocab = {name: i for i, name in names.items()}
+    vocab = {name: i for i, name in names.items() if i not in unnamed}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
@@ -53,6 +59,7 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     tokenizer_size: int | None = None,
     renamed: dict[int, str] | None = None,
+    unnamed: Container[int] = (),
 ) -> str:
     """Write a random model and its tokenizer, and return the folder.
 
@@ -106,7 +113,7 @@ def make_model(
     model = model_cls(config).to(dtype)
     model.generation_config.eos_token_id = 1
     model.save_pretrained(folder)
-    save_tokenizer(folder, tokenizer_size or vocab, renamed)
+    save_tokenizer(folder, tokenizer_size or vocab, renamed, unnamed)
     return str(folder)
 
 

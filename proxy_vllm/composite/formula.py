@@ -2,8 +2,9 @@
 
     logits = base + alpha * (expert - antiexpert)        (Liu et al. 2024, arXiv 2401.08565)
 
-What widths, infinities and NaN mean is defined once, in ``kernels/reference.py``. On a GPU (and in
-Triton's interpreter) the kernel of ``kernels/combine_sample.py`` computes it, on a CPU PyTorch.
+What widths, padding, infinities and NaN mean is defined once, in ``kernels/reference.py``. On a GPU
+(and in Triton's interpreter) the kernel of ``kernels/combine_sample.py`` computes it, on a CPU
+PyTorch.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from functools import cache
 import torch
 
 from proxy_vllm.envs import cpu_runner
+from proxy_vllm.kernels.columns import Columns, shift_of_missing
 
 
 def combine_logits(
@@ -19,27 +21,44 @@ def combine_logits(
     expert: torch.Tensor,  # [B, V_e]
     antiexpert: torch.Tensor,  # [B, V_a]
     alpha: torch.Tensor,  # [B] float32
+    columns: Columns | None = None,
     *,
+    missing_shift: torch.Tensor | None = None,
     compiled: bool = False,
 ) -> torch.Tensor:  # [B, V] float32
     """Combine raw logits of the three members; a row with alpha 0 is the base's row exactly.
 
     Args:
+        columns: which tokens the logits are of; None: the base's from the first, all with a name.
+        missing_shift: ``[B]``, what ``shift_of_missing`` gives; needed for shards only.
         compiled: on a CPU, compile the formula for one pass over memory. Its first calls take
             seconds: for engines that compile their models too.
     """
+    columns = columns or Columns.of(base, expert, antiexpert)
+    if missing_shift is None:
+        missing_shift = shift_of_missing(expert, antiexpert, columns)
     if base.is_cuda or cpu_runner() == "v2":
         from proxy_vllm.kernels.combine_sample import proxy_combine
 
-        return proxy_combine(base, expert, antiexpert, alpha)
-    width = min(base.shape[-1], expert.shape[-1], antiexpert.shape[-1])
-    combine_finite = _compiled() if compiled and width == base.shape[-1] else _combine_finite
-    logits, finite = combine_finite(base, expert[:, :width], antiexpert[:, :width], alpha)
-    if finite:
-        return logits
-    from proxy_vllm.kernels.reference import combine
+        return proxy_combine(
+            base, expert, antiexpert, alpha, columns=columns, missing_shift=missing_shift
+        )
+    width = base.shape[1]
+    shared, named = (columns.local(end, width) for end in (columns.shared, columns.named))
+    expert, antiexpert = expert[:, :shared], antiexpert[:, :shared]
+    combine_finite = _compiled() if compiled else _combine_finite
+    logits, finite = combine_finite(base, expert, antiexpert, alpha)
+    if not finite:
+        from proxy_vllm.kernels.reference import combine
 
-    return combine(base, expert, antiexpert, alpha, dtype=torch.float32)
+        logits[:, :shared] = combine(
+            base[:, :shared], expert, antiexpert, alpha, dtype=torch.float32
+        )
+    if missing_shift is not None:
+        shift = torch.where(alpha == 0, 0.0, alpha * missing_shift)
+        logits[:, shared:named] += shift[:, None]
+    logits[:, named:].masked_fill_((alpha != 0)[:, None], -torch.inf)
+    return logits
 
 
 def _combine_finite(
@@ -60,9 +79,11 @@ def _combine_finite(
 def _combine_finite_in_one_pass(
     base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor, alpha: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for equal widths, in the form from which Inductor makes one loop."""
+    """The same in the form from which Inductor makes one loop."""
+    width = expert.shape[1]
     shift = expert.float() - antiexpert.float()
-    return base.float() + alpha[:, None] * shift, shift.isfinite().all()
+    shifted = base[:, :width].float() + alpha[:, None] * shift
+    return torch.cat([shifted, base[:, width:].float()], dim=1), shift.isfinite().all()
 
 
 @cache

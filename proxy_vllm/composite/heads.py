@@ -4,13 +4,14 @@ Combining before communicating means that ranks exchange what the sampler needs 
 few counts) instead of three gathered ``[N, V]``; what needs the whole distribution gathers one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 
 from proxy_vllm.composite.formula import combine_logits
+from proxy_vllm.kernels.columns import Columns, shift_of_missing
 from proxy_vllm.kernels.fused_head import fused_head_sample, supports
 from proxy_vllm.kernels.row_parameters import RowParameters
 from proxy_vllm.kernels.sharded import (
@@ -47,11 +48,15 @@ def local_logits(member: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class Shards:
-    """The members' columns of one rank, on the base's boundaries."""
+class MemberLogits:
+    """Logits of base, expert and antiexpert: whole, or one rank's on the base's boundaries."""
 
-    logits: list[torch.Tensor]  # 3 x [N, up to n]
-    vocab_start: int
+    members: list[torch.Tensor]  # 3 x [N, V_m], or [N, up to n]
+    columns: Columns
+    sharded: bool
+
+    def select(self, rows: torch.Tensor) -> "MemberLogits":
+        return replace(self, members=[logits[rows] for logits in self.members])
 
 
 class ShardedHeads:
@@ -61,23 +66,23 @@ class ShardedHeads:
     another rank's shard of the base then travel, those of the small members alone.
     """
 
-    def __init__(self, members: list[nn.Module], vocab_size: int, compiled: bool = False) -> None:
+    def __init__(self, members: list[nn.Module], columns: Columns, compiled: bool = False) -> None:
         group = get_tp_group()
         self.members = members
-        self.vocab_size = vocab_size
         self.compiled = compiled
         self.exchange = Exchange(group.device_group)
         self.rank = group.rank_in_group
         self.ranges = [shard_ranges(member.lm_head, group.world_size) for member in members]
         # Every rank's shard of a gathered tensor has the same, padded width.
         self.width = members[0].lm_head.num_embeddings_per_partition
+        self.columns = replace(columns, start=self.ranges[0][self.rank][0])
 
     @staticmethod
     def supports(members: list[nn.Module]) -> bool:
         """Whether there are shards, and every member can give its own."""
         return get_tp_group().world_size > 1 and all(map(has_local_logits, members))
 
-    def local(self, hidden: list[torch.Tensor]) -> Shards:
+    def local(self, hidden: list[torch.Tensor]) -> MemberLogits:
         """This rank's columns of each member for hidden states ``[N, d_m]``."""
         wanted = self.ranges[0]
         logits = []
@@ -89,21 +94,31 @@ class ShardedHeads:
                 # but the columns that this member does not have.
                 shard = realign_columns(shard.contiguous(), own, wanted, self.exchange)
             logits.append(shard)
-        return Shards(logits, wanted[self.rank][0])
+        return MemberLogits(logits, self.columns, sharded=True)
 
-    def combined_local(self, shards: Shards, alpha: torch.Tensor) -> torch.Tensor:
+    def combined_local(self, logits: MemberLogits, alpha: torch.Tensor) -> torch.Tensor:
         """This rank's columns ``[N, width]`` float32 of the distribution, padded as vLLM's are."""
-        base, expert, antiexpert = shards.logits
+        base, expert, antiexpert = logits.members
+        # Also of a rank without columns: the others wait for it.
+        shift = shift_of_missing(expert, antiexpert, self.columns, self.exchange.gather)
         if base.shape[1] == 0:
             own = base.float()
         else:
-            own = combine_logits(base, expert, antiexpert, alpha, compiled=self.compiled)
+            own = combine_logits(
+                base,
+                expert,
+                antiexpert,
+                alpha,
+                self.columns,
+                missing_shift=shift,
+                compiled=self.compiled,
+            )
         return nn.functional.pad(own, (0, self.width - own.shape[1]))
 
-    def combined(self, shards: Shards, alpha: torch.Tensor) -> torch.Tensor:  # [N, V] float32
-        """The whole distribution on every rank, from one gather."""
-        own = self.combined_local(shards, alpha)
-        return tensor_model_parallel_all_gather(own)[:, : self.vocab_size]
+    def combined(self, logits: MemberLogits, alpha: torch.Tensor) -> torch.Tensor:
+        """The whole distribution ``[N, V]`` float32 on every rank, from one gather."""
+        own = self.combined_local(logits, alpha)
+        return tensor_model_parallel_all_gather(own)[:, : self.columns.total]
 
     def shared_rows(self) -> list[Range] | None:
         """Rows of this rank's three head weights that hold the base's columns of this rank.
@@ -129,17 +144,19 @@ class FusedHeads:
     and they exchange a score and a token a row.
     """
 
-    def __init__(self, members: list[nn.Module], sharded: ShardedHeads | None = None) -> None:
+    def __init__(
+        self, members: list[nn.Module], columns: Columns, sharded: ShardedHeads | None = None
+    ) -> None:
         heads = [member.lm_head for member in members]
         processors = [member.logits_processor for member in members]
         # Rows past the checkpoint's vocabulary are vLLM's padding.
         rows = [(0, head.org_vocab_size) for head in heads]
-        self.vocab_start, self.exchange = 0, None
+        self.columns, self.exchange = columns, None
         if sharded is not None:
             shared = sharded.shared_rows()
             assert shared is not None
             rows = shared
-            self.vocab_start, self.exchange = sharded.ranges[0][sharded.rank][0], sharded.exchange
+            self.columns, self.exchange = sharded.columns, sharded.exchange
         self.weights = [h.weight.data[first:last] for h, (first, last) in zip(heads, rows)]
         self.soft_caps = [processor.soft_cap for processor in processors]
         self.scales = [processor.scale for processor in processors]
@@ -166,6 +183,6 @@ class FusedHeads:
             rows,
             soft_caps=self.soft_caps,
             scales=self.scales,
-            vocab_start=self.vocab_start,
+            columns=self.columns,
         )
         return tokens if self.exchange is None else merge_ranks(self.exchange, scores, tokens)

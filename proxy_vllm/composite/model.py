@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
 from proxy_vllm.composite.formula import combine_logits
-from proxy_vllm.composite.heads import FusedHeads, ShardedHeads, Shards
+from proxy_vllm.composite.heads import FusedHeads, MemberLogits, ShardedHeads
 from proxy_vllm.composite.member_configs import member_vllm_configs
 from proxy_vllm.composite.members import (
     build_member,
@@ -29,6 +29,7 @@ from proxy_vllm.composite.members import (
 from proxy_vllm.composite.token_map import number_as_base
 from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
+from proxy_vllm.kernels.columns import Columns
 from proxy_vllm.own_prompts.prompts import unsupported_reason
 
 if TYPE_CHECKING:
@@ -82,11 +83,14 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         self.compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
         # Any 16-bit hidden state passes through float32 unchanged.
         self.hidden_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        self.columns = self._columns()
         self.sharded_heads: ShardedHeads | None = None
         if get_pp_group().is_last_rank and ShardedHeads.supports(self.members()):
-            self.sharded_heads = ShardedHeads(self.members(), self.vocab_size, self.compiled)
-            # By its name alone vLLM tells that batch-sharded sampling may be used.
+            self.sharded_heads = ShardedHeads(self.members(), self.columns, self.compiled)
+            # vLLM looks for an attribute of this name to decide whether it may share out a batch
+            # over the ranks for sampling.
             self.compute_logits_local = self._compute_logits_local
+        self.register_buffer("unnamed_columns", self._unnamed_columns(), persistent=False)
         # Taken before vLLM repacks weights into forms that are no parameters (as it does on a CPU).
         self.member_weight_bytes = {role: weight_bytes(getattr(self, role)) for role in ROLES}
         self.weights_loaded = False
@@ -215,11 +219,40 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         # A copy, so that its start is aligned for float32 whatever the widths before it.
         return hidden, bits.clone(memory_format=torch.contiguous_format).view(torch.float32)[:, 0]
 
-    def logits_for_sampling(self, hidden: list[torch.Tensor]) -> list[torch.Tensor] | Shards:
+    def _columns(self) -> Columns:
+        """Which of the base's tokens the formula covers."""
+        total = self.vocab_size
+        named = min(self.proxy_config.named_tokens or total, total)
+        columns = Columns(0, total, min(named, *self.vocab_sizes.values()), named)
+        if columns.some_missing:
+            logger.info(
+                "The base has %d tokens that a small member lacks: to keep their place among the"
+                " others, every step sums over the small members' probabilities",
+                columns.named - columns.shared,
+            )
+        return columns
+
+    def _unnamed_columns(self) -> torch.Tensor | None:
+        """Columns of the expert's logits on this rank that no tokenizer names; None for none."""
+        start, end = 0, self.vocab_sizes["expert"]
+        if self.sharded_heads is not None:
+            start, wanted = self.sharded_heads.ranges[0][self.sharded_heads.rank]
+            end = min(end, wanted)
+        unnamed = [i - start for i in self.proxy_config.unnamed_tokens if start <= i < end]
+        # vLLM builds models with the device as PyTorch's default.
+        return torch.tensor(unnamed) if unnamed else None
+
+    def logits_for_sampling(self, hidden: list[torch.Tensor]) -> MemberLogits:
         """Logits of each member: whole, ``3 x [N, V_m]``, or this rank's columns of them."""
         if self.sharded_heads is not None:
-            return self.sharded_heads.local(hidden)
-        return [member.compute_logits(h) for member, h in zip(self.members(), hidden)]
+            logits = self.sharded_heads.local(hidden)
+        else:
+            members = [member.compute_logits(h) for member, h in zip(self.members(), hidden)]
+            logits = MemberLogits(members, self.columns, sharded=False)
+        if self.unnamed_columns is not None and logits.members[1] is not None:
+            # What the expert forbids is never drawn unless alpha is 0: ``kernels/reference.py``.
+            logits.members[1].index_fill_(1, self.unnamed_columns, -torch.inf)
+        return logits
 
     def prepare_fused_heads(self) -> None:
         """Set ``fused_heads`` once the weights are in their final form.
@@ -240,6 +273,12 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
                 "--fused-head-max-batch: a member's output head is quantised or more than one"
                 " product; leave the option out"
             )
+        if self.columns.some_missing or self.proxy_config.unnamed_tokens:
+            logger.warning(
+                "--fused-head-max-batch is without effect: the base has tokens that %s",
+                "a small member lacks" if self.columns.some_missing else "no tokenizer names",
+            )
+            return
         if sharded is not None and sharded.shared_rows() is None:
             logger.warning(
                 "--fused-head-max-batch is without effect: %d ranks split the vocabularies of %s"
@@ -248,23 +287,24 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
                 ", ".join(str(self.vocab_sizes[role]) for role in ROLES),
             )
             return
-        self.fused_heads = FusedHeads(self.members(), sharded)
+        self.fused_heads = FusedHeads(self.members(), self.columns, sharded)
 
     def combine(
         self,
-        logits: list[torch.Tensor] | Shards,
+        logits: MemberLogits,
         alpha: torch.Tensor,  # [N] float32
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:  # [N or rows, V] float32
         """The formula over what ``logits_for_sampling`` gave, for some rows or all."""
-        members = logits.logits if isinstance(logits, Shards) else logits
         if rows is not None:
-            members, alpha = [m[rows] for m in members], alpha[rows]
-        if isinstance(logits, Shards):
+            logits, alpha = logits.select(rows), alpha[rows]
+        if logits.sharded:
             assert self.sharded_heads is not None
-            return self.sharded_heads.combined(Shards(members, logits.vocab_start), alpha)
-        base, expert, antiexpert = members
-        return combine_logits(base, expert, antiexpert, alpha, compiled=self.compiled)
+            return self.sharded_heads.combined(logits, alpha)
+        base, expert, antiexpert = logits.members
+        return combine_logits(
+            base, expert, antiexpert, alpha, logits.columns, compiled=self.compiled
+        )
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Combined logits ``[N, V]`` in float32 of rows that ``forward`` returned."""
@@ -284,7 +324,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
     def _combined_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         hidden, alpha = self.unpack(hidden_states)
         logits = self.logits_for_sampling(hidden)
-        if not isinstance(logits, Shards) and logits[0] is None:
+        if logits.members[0] is None:
             return None  # vLLM gathers logits on one rank only where it cannot on all
         return self.combine(logits, alpha)
 

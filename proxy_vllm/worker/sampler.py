@@ -24,6 +24,7 @@ knows nothing of request slots. Every other parameter comes from vLLM's request 
 (``row_buffers.py``).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -36,7 +37,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
-from proxy_vllm.composite.heads import Shards
+from proxy_vllm.composite.heads import MemberLogits
 from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.row_parameters import RowParameters
 from proxy_vllm.kernels.sharded import Exchange, ShardedSampler
@@ -148,29 +149,25 @@ class ProxySampler(Sampler):
         self.row_buffers.gather(input_batch, self.sampling_states)
         return self.row_buffers.rows(alpha, self.filters(input_batch))
 
-    def draw(
-        self, logits: list[torch.Tensor] | Shards, rows: RowParameters
-    ) -> torch.Tensor:  # [B] int64
-        """One token a row from the members' logits, 3 x ``[B, V_m]``, or this rank's columns."""
-        fp64 = self.use_fp64_gumbel
-        if not isinstance(logits, Shards):
-            base, expert, antiexpert = logits
-            return proxy_sample(base, expert, antiexpert, rows, use_fp64_gumbel=fp64)
-        assert self.exchange is not None
-        base, expert, antiexpert = logits.logits
-        return ShardedSampler(self.exchange).sample(
+    def draw(self, logits: MemberLogits, rows: RowParameters) -> torch.Tensor:  # [B] int64
+        """One token a row from the members' logits."""
+        draw: Callable[..., torch.Tensor] = proxy_sample
+        if logits.sharded:
+            assert self.exchange is not None
+            draw = ShardedSampler(self.exchange).sample
+        base, expert, antiexpert = logits.members
+        return draw(
             base,
             expert,
             antiexpert,
             rows,
-            vocab_start=logits.vocab_start,
-            vocab_size=self.sampling_states.vocab_size,
-            use_fp64_gumbel=fp64,
+            columns=logits.columns,
+            use_fp64_gumbel=self.use_fp64_gumbel,
         )
 
     def logprobs_by_shards(
         self,
-        shards: Shards,
+        logits: MemberLogits,
         alpha: torch.Tensor,  # [N] float32
         tokens: torch.Tensor,  # [N] int64
         input_batch: InputBatch,
@@ -180,7 +177,7 @@ class ProxySampler(Sampler):
         """Of some requests, whose logits lie on several ranks."""
         assert self.exchange is not None
         slots = input_batch.idx_mapping_np[requests]
-        base, expert, antiexpert = (shard[index] for shard in shards.logits)
+        base, expert, antiexpert = logits.select(index).members
         ids, scores, ranks = ShardedSampler(self.exchange).logprobs(
             base,
             expert,
@@ -188,8 +185,7 @@ class ProxySampler(Sampler):
             alpha[index],
             tokens[index],
             int(self.sampling_states.num_logprobs[slots].max()),
-            vocab_start=shards.vocab_start,
-            vocab_size=self.sampling_states.vocab_size,
+            columns=logits.columns,
         )
         return LogprobsTensors(ids, scores, ranks + 1)  # vLLM counts ranks from 1
 

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,42 +28,65 @@ def ask(llm, prompts=PROMPTS, alphas=ALPHAS, **fields):
     )
 
 
+# Columns of the three, and one past the last token that the base's tokenizer names.
 VOCABULARIES = {
-    "small members with more columns": (111, 128, 140),
-    "members that lack columns": (300, 111, 99),
-    "one with more, one with fewer": (128, 140, 111),
+    "small members with more columns": (111, 128, 140, 99),
+    "members that lack tokens": (300, 111, 99, 300),
+    "one with more, one with fewer, padding, holes": (128, 140, 111, 120),
 }
+HOLES = range(30, 90)
 
 
 @pytest.mark.parametrize("sizes", VOCABULARIES.values(), ids=VOCABULARIES.keys())
 def test_vocabularies_of_different_sizes(tmp_path, sizes):
-    """Extra columns are cut, missing ones shift nothing, and the base's size rules.
+    """The base's size rules, its padding is never drawn, and its own tokens keep their place.
 
     The base's tokens past the small vocabularies are generated too, and read by the small members
-    as their token 0.
+    as their token 0. The row with alpha 0 is the base as it is, padding included.
     """
-    base, expert, antiexpert = sizes
+    base, expert, antiexpert, named = sizes
+    # Weak, since random small members move their own tokens far.
+    alphas = [0.3, 0.0, -0.4]
+    holes = HOLES if named == 120 else ()
+    small = {**SMALL, "tokenizer_size": 99, "unnamed": holes}
     trio = {
-        "model": make_model(tmp_path / "base", seed=1, vocab=base, tokenizer_size=99),
-        "expert": make_model(tmp_path / "expert", seed=2, vocab=expert, tokenizer_size=99, **SMALL),
-        "antiexpert": make_model(
-            tmp_path / "antiexpert", seed=3, vocab=antiexpert, tokenizer_size=99, **SMALL
+        "model": make_model(
+            tmp_path / "base", seed=1, vocab=base, tokenizer_size=named, unnamed=holes
         ),
+        "expert": make_model(tmp_path / "expert", seed=2, vocab=expert, **small),
+        "antiexpert": make_model(tmp_path / "antiexpert", seed=3, vocab=antiexpert, **small),
     }
     prompts = prompt_ids([5, 40, 70], vocab=base, seed=52)
     reference = Trio.load(trio["model"], trio["expert"], trio["antiexpert"], torch.float32)
-    seen = set()
+    seen, levels = set(), (0.0, 25.0)
     with running(**trio) as llm:
         assert llm.llm_engine.model_config.get_vocab_size() == base
-        for output, prompt, alpha in zip(ask(llm, prompts, logprobs=0), prompts, ALPHAS):
-            tokens, steps = greedy(reference, prompt, STEPS, alpha)
-            assert list(output.outputs[0].token_ids) == tokens
-            for token, logits, got in zip(tokens, steps, output.outputs[0].logprobs):
-                want = float(logits.log_softmax(-1)[token])
-                assert got[token].logprob == pytest.approx(want, abs=2e-4)
-            seen.update(tokens)
-    if base > min(expert, antiexpert):
-        assert any(token >= min(expert, antiexpert) for token in seen), "proves nothing"
+        for level in levels:
+            # A constant in all of a member's logits means nothing, and must change nothing.
+            llm.apply_model(partial(raise_antiexpert, level=level))
+            for output, prompt, alpha in zip(
+                ask(llm, prompts, alphas, logprobs=0), prompts, alphas
+            ):
+                tokens, steps = greedy(reference, prompt, STEPS, alpha)
+                assert list(output.outputs[0].token_ids) == tokens
+                for token, logits, got in zip(tokens, steps, output.outputs[0].logprobs):
+                    want = float(logits.log_softmax(-1)[token])
+                    assert got[token].logprob == pytest.approx(want, abs=2e-4)
+                if alpha:
+                    seen.update(tokens)
+            # Without log-probabilities Model Runner V2 draws from the three logits at once.
+            plain = [list(output.outputs[0].token_ids) for output in ask(llm, prompts, alphas)]
+            assert plain == [greedy(reference, p, STEPS, a)[0] for p, a in zip(prompts, alphas)]
+    assert max(seen) < named and not seen.intersection(holes)
+    if named > min(expert, antiexpert):
+        assert max(seen) >= min(expert, antiexpert), "proves nothing"
+
+
+def raise_antiexpert(model, level: float) -> None:
+    """Add a constant to the antiexpert's logits."""
+    antiexpert = model.antiexpert
+    plain = type(antiexpert).compute_logits
+    antiexpert.compute_logits = lambda hidden: plain(antiexpert, hidden) + level
 
 
 @pytest.fixture

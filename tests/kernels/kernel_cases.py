@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from proxy_vllm.kernels import reference
-from proxy_vllm.kernels.combine_sample import proxy_sample
+from proxy_vllm.kernels.columns import Columns, shift_of_missing
+from proxy_vllm.kernels.combine_sample import SampleLaunch, proxy_sample
 from proxy_vllm.kernels.row_parameters import RowParameters
 
 
@@ -40,15 +41,24 @@ class Case:
         return replace(self, base=base, expert=expert, antiexpert=antiexpert)
 
     def draw(
-        self, *, tile: int | None = None, use_fp64_gumbel: bool = False, **filters: torch.Tensor
+        self, *, named: int | None = None, tile: int | None = None, fp64: bool = False, **filters
     ) -> torch.Tensor:
         """Tokens of the kernels."""
+        columns = Columns.of(*self.logits, named)
         rows = self.rows(**filters)
-        return proxy_sample(*self.logits, rows, tile=tile, use_fp64_gumbel=use_fp64_gumbel)
+        return proxy_sample(*self.logits, rows, columns=columns, tile=tile, use_fp64_gumbel=fp64)
 
-    def combined(self) -> torch.Tensor:
+    def launch(self, *, tile: int | None = None, **filters: torch.Tensor) -> SampleLaunch:
+        """The launches of `draw`, to be made one by one."""
+        columns = Columns.of(*self.logits)
+        shift = shift_of_missing(self.expert, self.antiexpert, columns)
+        return SampleLaunch(
+            *self.logits, self.rows(**filters), columns=columns, missing_shift=shift, tile=tile
+        )
+
+    def combined(self, named: int | None = None) -> torch.Tensor:
         """The reference's float64 logits."""
-        return reference.combine(*(t.cpu() for t in (*self.logits, self.alpha)))
+        return reference.combine(*(t.cpu() for t in (*self.logits, self.alpha)), named)
 
 
 def make_case(
@@ -117,10 +127,16 @@ def make_heads(
     return hidden, weights
 
 
-def assert_tokens(tokens: torch.Tensor, case: Case, tolerance: float = 2e-4, **filters) -> None:
+def assert_tokens(
+    tokens: torch.Tensor,
+    case: Case,
+    tolerance: float = 2e-4,
+    named: int | None = None,
+    **filters: torch.Tensor,
+) -> None:
     """Every token is the argmax of the float64 reference, up to float32 rounding of its score."""
     tokens = tokens.cpu()
-    scores = reference.scores(*case.logits, case.rows(**filters))
+    scores = reference.scores(*case.logits, case.rows(**filters), named=named)
     assert tokens.dtype == torch.int64
     assert tokens.shape == (scores.shape[0],)
     assert ((tokens >= 0) & (tokens < scores.shape[1])).all(), tokens

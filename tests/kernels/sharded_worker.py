@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -18,6 +19,7 @@ import interpreter_speed  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from kernel_cases import make_case, make_filters, make_heads, on  # noqa: E402
 
+from proxy_vllm.kernels.columns import Columns  # noqa: E402
 from proxy_vllm.kernels.fused_head import fused_head_sample  # noqa: E402
 from proxy_vllm.kernels.sharded import (  # noqa: E402
     Exchange,
@@ -44,6 +46,7 @@ def main() -> None:
     bounds = [tuple(pair) for pair in job["bounds"][str(world)]]
     start, end = bounds[rank]
     exchange = Exchange()
+    columns = replace(Columns.of(*case.logits, job["named"]), start=start)
     sampler = ShardedSampler(exchange)
     shards = []
     for name in ("base", "expert", "antiexpert"):
@@ -62,8 +65,7 @@ def main() -> None:
         tokens = sampler.sample(
             *shards,
             case.rows(**on(DEVICE, make_filters(case.base.shape[0], kinds=kinds))),
-            vocab_start=start,
-            vocab_size=case.base.shape[1],
+            columns=columns,
         )
         results.append((tokens.cpu(), exchange.calls, exchange.bytes_sent))
     exchange.calls = exchange.bytes_sent = 0
@@ -72,8 +74,7 @@ def main() -> None:
         case.alpha,
         results[0][0].to(DEVICE),
         5,
-        vocab_start=start,
-        vocab_size=case.base.shape[1],
+        columns=columns,
     )
     logprob_traffic = exchange.calls, exchange.bytes_sent
     exchange.calls = exchange.bytes_sent = 0
@@ -84,7 +85,7 @@ def main() -> None:
             [h.to(DEVICE) for h in hidden],
             [w[start:end].to(DEVICE) for w in weights],
             case.rows(),
-            vocab_start=start,
+            columns=replace(columns, named=columns.shared),
         )
         head_tokens = merge_ranks(exchange, scores, tokens).cpu()
     head_traffic = exchange.calls, exchange.bytes_sent

@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_cases import make_case
 
+from proxy_vllm.kernels import reference
 from proxy_vllm.kernels.combine_sample import proxy_combine
 
 
@@ -52,12 +53,16 @@ def test_base_equal_to_antiexpert_is_the_expert(device):
 
 def test_infinities_and_nan(device):
     inf, nan = torch.inf, torch.nan
-    base = torch.tensor([[-inf, 1.0, 2.0, 3.0, nan, 4.0, inf]], device=device)
-    expert = torch.tensor([[inf, -inf, 0.0, -inf, 0.0, nan, 1.0]], device=device)
-    antiexpert = torch.tensor([[0.0, -inf, -inf, 0.0, 0.0, 0.0, 0.0]], device=device)
-    got = proxy_combine(base, expert, antiexpert, torch.ones(1, device=device))[0]
-    assert got[[0, 1, 2, 3, 6]].tolist() == [-inf, 1.0, 2.0, 3.0, inf]
-    assert got[4:6].isnan().all()
+    base = torch.tensor([[-inf, 1.0, 2.0, 3.0, nan, 4.0, inf, 5.0]], device=device)
+    expert = torch.tensor([[0.0, -inf, 0.0, -inf, 0.0, nan, 1.0, inf]], device=device)
+    antiexpert = torch.tensor([[0.0, -inf, -inf, 0.0, 0.0, 0.0, 0.0, 0.0]], device=device)
+    for alpha in (1.0, -1.0):
+        given = torch.full((1,), alpha, device=device)
+        got = proxy_combine(base, expert, antiexpert, given)[0].cpu()
+        assert got[[0, 1, 2, 3, 6, 7]].tolist() == [-inf, -inf, -inf, -inf, inf, -inf]
+        assert got[4:6].isnan().all()
+        want = reference.combine(*(t.cpu() for t in (base, expert, antiexpert, given)))[0]
+        assert torch.equal(got.double().nan_to_num(7.0), want.nan_to_num(7.0))
 
 
 def test_strided_rows_and_out(device):

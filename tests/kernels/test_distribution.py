@@ -22,7 +22,6 @@ from kernel_cases import Case
 from scipy import stats
 
 from proxy_vllm.kernels import fused_head, reference
-from proxy_vllm.kernels.combine_sample import SampleLaunch
 from proxy_vllm.kernels.triton_functions import INTERPRETED
 
 VOCAB = 37
@@ -79,12 +78,12 @@ def draw_by_kernel(filters, draws: int, device, first: int = 0) -> torch.Tensor:
 def draw_after_one_search(filters, draws: int, first: int) -> torch.Tensor:
     """`draw_by_kernel` with one search for the threshold; in the interpreter five times as fast."""
     case, every = case_of(filters, draws, first=first)
-    launch = SampleLaunch(*case.logits, case.rows(**every))
+    launch = case.launch(**every)
     if not launch.stages:
         launch.combine()
         return launch.winners()[0]
     case, every = case_of(filters, 1, first=first)
-    once = SampleLaunch(*case.logits, case.rows(**every))
+    once = case.launch(**every)
     once.combine()
     state = once.thresholds()
     launch.x = once.x.expand(draws, VOCAB)

@@ -5,14 +5,12 @@ import torch
 from kernel_cases import Case, assert_tokens, make_case, make_filters, on
 
 from proxy_vllm.kernels import reference
-from proxy_vllm.kernels.combine_sample import SampleLaunch
 from proxy_vllm.kernels.thresholds import find_thresholds
 
 
 def kept_by_kernel(case: Case, device, tile=None, **filters) -> tuple[torch.Tensor, torch.Tensor]:
     """(kept [B, V], scaled logits [B, V]) of the filtered rows of a case without greedy rows."""
-    case = case.to(device)
-    launch = SampleLaunch(*case.logits, case.rows(**on(device, filters)), tile=tile)
+    launch = case.to(device).launch(tile=tile, **on(device, filters))
     launch.combine()
     keys = launch.thresholds()[:, 0].cpu()
     bits = torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys).to(torch.int32)

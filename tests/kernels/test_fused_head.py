@@ -1,5 +1,6 @@
 """The fused head against the reference: three products in float64, then proxy sampling."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from kernel_cases import Case, assert_tokens, make_case, make_heads
 
 from proxy_vllm.kernels import reference
+from proxy_vllm.kernels.columns import Columns
 from proxy_vllm.kernels.fused_head import fused_head_sample, head_weight, supports
 
 
@@ -16,8 +18,14 @@ def with_logits(case: Case, hidden, weights, caps=(0, 0, 0), scales=(1, 1, 1)) -
     return case.with_logits(*logits)
 
 
+def named_columns(weights) -> Columns:
+    """Every token that all three heads have; others have no name."""
+    return Columns.of(*(w.T for w in weights), min(w.shape[0] for w in weights))
+
+
 def run(case: Case, hidden, weights, device, **options) -> torch.Tensor:
     hidden, weights = ([t.to(device) for t in ts] for ts in (hidden, weights))
+    options.setdefault("columns", named_columns(weights))
     return fused_head_sample(hidden, weights, case.to(device).rows(), **options)[0]
 
 
@@ -28,7 +36,7 @@ def test_tokens_of_the_reference(device, rows, vocabs, dtype):
     hidden, weights = make_heads(rows, vocabs, dtype)
     case = make_case(rows, vocabs[0], greedy_every=3)
     tokens = run(case, hidden, weights, device)
-    assert_tokens(tokens, with_logits(case, hidden, weights))
+    assert_tokens(tokens, with_logits(case, hidden, weights), named=min(vocabs))
 
 
 def test_tied_heads_with_padding_between_rows(device):
@@ -91,11 +99,19 @@ def test_shards_merge_to_the_whole(device):
     for start, end in ((0, 123), (123, 500)):
         shard = [w[start:end].to(device) for w in weights]
         hidden_there = [h.to(device) for h in hidden]
-        parts.append(fused_head_sample(hidden_there, shard, rows, vocab_start=start))
+        columns = replace(named_columns(weights), start=start)
+        parts.append(fused_head_sample(hidden_there, shard, rows, columns=columns))
     tokens = merge_shards(
         torch.stack([score for _, score in parts]), torch.stack([token for token, _ in parts])
     )
     assert torch.equal(tokens, whole)
+
+
+def test_tokens_that_a_small_member_lacks_are_refused(device):
+    hidden, weights = make_heads(3, (111, 111, 105), torch.float32)
+    columns = Columns.of(*(w.T for w in weights))
+    with pytest.raises(ValueError, match="lack 6 named tokens"):
+        run(make_case(3, 111), hidden, weights, device, columns=columns)
 
 
 def test_no_rows(device):

@@ -1,5 +1,7 @@
 """The reference itself, against PyTorch, vLLM and the published formula."""
 
+import math
+
 import pytest
 import torch
 from scipy import stats
@@ -15,12 +17,35 @@ def test_combine_is_the_formula_by_hand():
     assert got.tolist() == [[3.0, 1.5, -1.0, 6.0]]
 
 
-def test_combine_cuts_extra_columns_and_lets_the_base_stand_where_one_is_missing():
+def test_combine_cuts_extra_columns_and_shifts_a_missing_one_by_the_probabilities():
     base = torch.tensor([[1.0, 2.0, 3.0]])
     expert = torch.tensor([[2.0, 4.0, 6.0, 99.0]])
     antiexpert = torch.tensor([[1.0, 1.0]])
     got = reference.combine(base, expert, antiexpert, torch.tensor([1.0]))
-    assert got.tolist() == [[2.0, 5.0, 3.0]]
+    lse = math.log(math.e**2 + math.e**4) - math.log(math.e + math.e)
+    torch.testing.assert_close(got, torch.tensor([[2.0, 5.0, 3.0 + lse]], dtype=torch.float64))
+    # The paper's formula on log-probabilities, with the ratio 1 for the token.
+    e, a = expert[:, :2].log_softmax(1), antiexpert.log_softmax(1)
+    want = base + torch.nn.functional.pad(e - a, (0, 1))
+    torch.testing.assert_close(got.softmax(1).float(), want.softmax(1))
+
+
+def test_combine_leaves_padding_out_unless_alpha_is_zero():
+    base = torch.tensor([[1.0, 2.0, 9.0, 8.0]] * 2)
+    small = torch.zeros(2, 3)
+    got = reference.combine(base, small, small, torch.tensor([1.0, 0.0]), named=2)
+    assert got.tolist() == [[1.0, 2.0, -torch.inf, -torch.inf], [1.0, 2.0, 9.0, 8.0]]
+
+
+@pytest.mark.parametrize("named", [None, 9])
+@pytest.mark.parametrize("member", [0, 1, 2])
+def test_a_constant_in_one_member_changes_no_probability(member, named):
+    generator = torch.Generator().manual_seed(0)
+    members = [torch.randn(3, n, generator=generator, dtype=torch.float64) for n in (11, 12, 7)]
+    alpha = torch.tensor([1.0, -0.5, 2.0])
+    want = reference.combine(*members, alpha, named).softmax(1)
+    members[member] += 40
+    torch.testing.assert_close(reference.combine(*members, alpha, named).softmax(1), want)
 
 
 def test_combine_with_infinities_and_nan():
@@ -29,7 +54,7 @@ def test_combine_with_infinities_and_nan():
     expert = torch.tensor([[inf, -inf, 0.0, -inf, 0.0, nan]])
     antiexpert = torch.tensor([[0.0, -inf, -inf, 0.0, 0.0, 0.0]])
     got = reference.combine(base, expert, antiexpert, torch.tensor([1.0]))[0]
-    assert got[:4].tolist() == [-inf, 1.0, 2.0, 3.0]
+    assert got[:4].tolist() == [-inf, -inf, -inf, -inf]
     assert got[4:].isnan().all()
     off = reference.combine(base, expert, antiexpert, torch.tensor([0.0]))[0]
     assert torch.equal(off.nan_to_num(7.0), base[0].double().nan_to_num(7.0))

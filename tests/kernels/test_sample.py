@@ -95,9 +95,9 @@ def test_float64_noise_is_vllms(device):
     case = make_case(5, 1111, greedy_every=4).to(device)
     case.alpha[:] = 0
     filters = on(device, make_filters(5))
-    plain = case.draw(use_fp64_gumbel=True)
+    plain = case.draw(fp64=True)
     assert torch.equal(plain, vllm_tokens(case, case.base, use_fp64=True))
-    kept = case.draw(use_fp64_gumbel=True, **filters)
+    kept = case.draw(fp64=True, **filters)
     assert torch.equal(kept, vllm_tokens(case, case.base, use_fp64=True, **filters))
 
 

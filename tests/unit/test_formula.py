@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from proxy_vllm.composite.formula import combine_logits
+from proxy_vllm.kernels.columns import Columns
 from proxy_vllm.kernels.reference import combine
 
 INF, NAN = float("inf"), float("nan")
@@ -25,16 +26,30 @@ def members(rows: int, widths: tuple[int, int, int], dtype: torch.dtype) -> list
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("widths", [(401, 401, 401), (401, 430, 409), (401, 300, 409)])
-def test_finite_logits(widths, rows, dtype, compiled):
+@pytest.mark.parametrize("named", [None, 390])
+def test_finite_logits(named, widths, rows, dtype, compiled):
     base, expert, antiexpert = members(rows, widths, dtype)
     alpha = ALPHA[:rows]
-    got = combine_logits(base, expert, antiexpert, alpha, compiled=compiled)
+    columns = Columns.of(base, expert, antiexpert, named)
+    got = combine_logits(base, expert, antiexpert, alpha, columns, compiled=compiled)
     assert got.dtype == torch.float32 and got.shape == base.shape
-    want = combine(base, expert, antiexpert, alpha)
+    want = combine(base, expert, antiexpert, alpha, named)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-5)
     still = alpha == 0
     assert torch.equal(got[still], base[still].float())
     assert torch.equal(combine_logits(base, expert, expert, alpha, compiled=compiled), base.float())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("member", [0, 1, 2])
+@pytest.mark.parametrize("widths", [(401, 401, 401), (401, 300, 409)])
+def test_a_constant_in_one_member_changes_no_probability(widths, member, compiled):
+    logits = members(5, widths, torch.float32)
+    columns = Columns.of(*logits, 390)
+    want = combine_logits(*logits, ALPHA, columns, compiled=compiled).softmax(1)
+    logits[member] = logits[member] + 30
+    got = combine_logits(*logits, ALPHA, columns, compiled=compiled).softmax(1)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
