@@ -108,7 +108,8 @@ def start(system: str, models: list[str], dtype: str, mode: str, args: argparse.
     global _llm
     settings: dict[str, Any] = {
         "dtype": dtype, "enforce_eager": mode == "eager", "max_num_seqs": max(args.batches),
-        "max_model_len": PROMPT + args.tokens, "disable_log_stats": False,
+        # vLLM's own drafters stop near the limit.
+        "max_model_len": PROMPT + args.tokens + 32, "disable_log_stats": False,
         "enable_prefix_caching": False, **args.engine_args,
     }  # fmt: skip
     drafter = {

@@ -17,6 +17,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -25,9 +26,15 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from proxy_vllm.errors import UserError
+
 
 class ExpertProposer(DraftModelProposer):
     """Drafts greedily with the composite's expert, its layers and its KV cache."""
+
+    def __init__(self, runner: GPUModelRunner) -> None:
+        super().__init__(runner.vllm_config, runner.device, runner)
+        self.runner = runner
 
     def load_model(self, target_model: nn.Module) -> None:
         self.target = target_model
@@ -36,6 +43,14 @@ class ExpertProposer(DraftModelProposer):
         self._draft_attn_layer_names = {name for name in layers if name.startswith("expert.")}
         # Only drafters that read the target's hidden states use these.
         self.hidden_states = self.inputs_embeds = torch.empty(0)
+
+    def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
+        groups = [set(group.layer_names) for group in kv_cache_config.kv_cache_groups]
+        if sum(bool(names & self._draft_attn_layer_names) for names in groups) > 1:
+            raise UserError(
+                "--speculative-tokens on a CPU needs an expert whose layers are of one kind, and"
+                " this one mixes windows with full attention: leave the option out"
+            )
 
     def propose(
         self,
@@ -59,6 +74,9 @@ class ExpertProposer(DraftModelProposer):
         metadata.seq_lens = seq_lens.clone() if rejected is None else seq_lens - rejected
         if metadata.seq_lens_cpu_upper_bound is not None:
             metadata.seq_lens_cpu_upper_bound = metadata.seq_lens_cpu_upper_bound.clone()
+        # vLLM hands over what the first group of layers reads, whichever the expert's is.
+        table = self.runner.input_batch.block_table[self.kv_cache_gid]
+        metadata.block_table_tensor = table.get_device_tensor(batch)
         metadata.num_actual_tokens = batch
         metadata.max_query_len = 1
         metadata.query_start_loc = self.arange[: batch + 1]
@@ -197,7 +215,7 @@ class DraftVerifier(RejectionSampler):
 
 def let_the_expert_draft(runner: GPUModelRunner) -> None:
     """Put both in place of vLLM's on a runner that has no weights yet, and its whole sampler."""
-    runner.drafter = ExpertProposer(runner.vllm_config, runner.device, runner)
+    runner.drafter = ExpertProposer(runner)
     runner.rejection_sampler = DraftVerifier(runner)
     batch = runner.input_batch
     # Beside speculation vLLM leaves out those of min-p and logit bias.

@@ -20,7 +20,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     },
     "vllm.v1.spec_decode.draft_model:DraftModelProposer": {
         "spec_decode/v1_runner.py": "_draft_attn_layer_names _get_slot_mapping arange block_size"
-        " hidden_states input_ids inputs_embeds positions token_arange_np"
+        " hidden_states input_ids inputs_embeds kv_cache_gid positions token_arange_np"
     },
     "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor": {
         "spec_decode/v1_runner.py": "min_toks"
@@ -365,7 +365,8 @@ OVERRIDES: dict[str, str] = {
     " load_draft_model load_model propose",
     "proxy_vllm.spec_decode.scheduler:DraftingScheduler": "__init__ _update_after_schedule"
     " make_spec_decoding_stats update_draft_token_ids update_from_output",
-    "proxy_vllm.spec_decode.v1_runner:ExpertProposer": "load_model propose",
+    "proxy_vllm.spec_decode.v1_runner:ExpertProposer": "__init__ load_model propose"
+    " validate_same_kv_cache_group",
     "proxy_vllm.spec_decode.v1_runner:DraftVerifier": "__init__ forward",
     "proxy_vllm.worker.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync"
     " _input_fits_in_drafter _model_forward _sample load_model warming_up_model",
