@@ -36,6 +36,10 @@ _EXPERTS_PER_TOKEN = (
 )
 # vLLM expands the latent of these and caches whole keys and values.
 _EXPANDED_LATENT = ("minicpm3",)
+# Types that vLLM reads with the class of another one, and Transformers does not know.
+_SAME_AS = {"kimi_k2": "deepseek_v3"}
+# Fields that no count needs, and that Transformers refuses in some spellings that vLLM accepts.
+_NOT_NEEDED = ("quantization_config", "rope_scaling", "rope_parameters")
 # A step runs the layers of these several times.
 _LOOPED = ("hrm_text",)
 
@@ -86,6 +90,7 @@ def text_config(name: str, raw: Mapping[str, Any]) -> PreTrainedConfig:
 
     transformers.logging.set_verbosity_error()
     kind = raw.get("model_type")
+    kind = _SAME_AS.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or not kind:
         raise UserError(f"{name}: config.json has no model_type; its size cannot be told")
     if kind not in transformers.CONFIG_MAPPING:
@@ -96,7 +101,9 @@ def text_config(name: str, raw: Mapping[str, Any]) -> PreTrainedConfig:
         )
     if raw.get("is_encoder_decoder"):
         raise UserError(f"{name}: {kind} has an encoder; only decoders can be planned for")
-    fields = {key: value for key, value in raw.items() if key != "quantization_config"}
+    fields = _counted({**raw, "model_type": kind})
+    if isinstance(raw.get("text_config"), Mapping):
+        fields["text_config"] = _counted(raw["text_config"])
     try:
         outer = transformers.CONFIG_MAPPING[kind].from_dict(fields)
         config = outer.get_text_config(decoder=True)
@@ -116,6 +123,10 @@ def text_config(name: str, raw: Mapping[str, Any]) -> PreTrainedConfig:
     if not 0 < layers <= _MOST_LAYERS:
         raise UserError(f"{name}: config.json has {layers} layers; no model has that shape")
     return config
+
+
+def _counted(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key not in _NOT_NEEDED}
 
 
 def build(name: str, config: PreTrainedConfig) -> PreTrainedModel:

@@ -38,6 +38,16 @@ GRANITE_4_SMALL = {
     "vocab_size": 100352,
     "tie_word_embeddings": True,
 }
+KIMI_K2 = {
+    "model_type": "kimi_k2",
+    "num_attention_heads": 64,
+    "n_routed_experts": 384,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "vocab_size": 163840,
+    "rope_scaling": {"type": "a kind that only vLLM knows"},
+}
 GLM_45_AIR = {"model_type": "glm4_moe", "head_dim": 128}  # the class's defaults are its other sizes
 GPT_OSS_120B = {"model_type": "gpt_oss"}
 GPT_OSS_20B = {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32}
@@ -49,6 +59,7 @@ GPT_OSS_20B = {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_expe
         (GLM_45_AIR, 106, 12),
         ({"model_type": "ernie4_5_moe"}, 21, 3),
         ({"model_type": "deepseek_v3"}, 671, 37),
+        (KIMI_K2, 1026, 32),
         (GPT_OSS_120B, 116.8, 5.1),
         (GPT_OSS_20B, 20.9, 3.6),
         (QWEN3_30B_A3B, 30.5, 3.3),
