@@ -75,7 +75,10 @@ def test_importing_the_package_is_cheap():
 
 
 def test_unknown_runner_is_refused_by_name():
-    done = run_python("import proxy_vllm", PROXY_VLLM_CPU_RUNNER="v3")
+    """Where an engine is made: importing the package is for `plan` and others too."""
+    assert run_python("import proxy_vllm", PROXY_VLLM_CPU_RUNNER="v3").returncode == 0
+    code = "from proxy_vllm.envs import cpu_runner; cpu_runner()"
+    done = run_python(code, PROXY_VLLM_CPU_RUNNER="v3")
     assert done.returncode != 0
     assert "PROXY_VLLM_CPU_RUNNER='v3' is not known: use 'v1' or 'v2'" in done.stderr
 
