@@ -69,3 +69,11 @@ def test_the_lock_holds_what_tests_and_extras_ask_for(declared):
     extras = declared.extras_require
     asked = {distribution(r) for r in [*declared.install_requires, *extras["ray"], *extras["dev"]]}
     assert asked - lock == {"torch"}  # the Makefile installs it
+
+
+def test_files_that_contributing_names_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/.]+(?:\.py|\.sh|\.md|\.lock|/))`", text))
+    assert len(named) > 30
+    missing = [n for n in named if not any((ROOT / at / n).exists() for at in ("", "proxy_vllm"))]
+    assert not missing
