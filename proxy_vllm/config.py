@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.errors import UserError
+from proxy_vllm.remote_base.settings import RemoteBase
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,6 +52,8 @@ class ProxyConfig:
         fused_head_max_batch: up to this many rows, steps of greedy and plain temperature rows draw
             tokens straight from the head weights (Model Runner V2). 0 is off, the default until the
             crossover has been measured on a GPU.
+        remote_base: the endpoint of a base that lives elsewhere; the engine's own base is then the
+            antiexpert.
         sampler_cuda_graphs: replay heads, combination and draw of a step as one CUDA graph. Off
             until it has been measured to be faster; one rank.
         speculative_tokens: how many tokens the expert drafts in a step, ``"auto"`` to choose by
@@ -78,6 +81,7 @@ class ProxyConfig:
     speculative_tokens: int | str | None = None
     named_tokens: int | None = None
     unnamed_tokens: tuple[int, ...] = ()
+    remote_base: RemoteBase | None = None
 
     def __post_init__(self) -> None:
         for role in ("expert", "antiexpert"):
@@ -179,6 +183,8 @@ class ProxyConfig:
         if "alpha_range" in data:
             data["alpha_range"] = tuple(data["alpha_range"])
         data["unnamed_tokens"] = tuple(data.get("unnamed_tokens", ()))
+        if isinstance(data.get("remote_base"), dict):
+            data["remote_base"] = RemoteBase(**data["remote_base"])
         return cls(**data)
 
     @classmethod

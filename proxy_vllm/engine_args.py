@@ -55,7 +55,13 @@ def prepare_engine_args(
     check_vllm_version()
     register()
     _configure_logging(kwargs)
+    if proxy.remote_base is not None:
+        from proxy_vllm.remote_base.start import checked_endpoint, local_engine_args
+
+        kwargs = local_engine_args(kwargs, proxy)
     kwargs, configs = validate_trio(kwargs, proxy)
+    if proxy.remote_base is not None:
+        proxy = checked_endpoint(proxy, configs)
     kwargs = show_expert(
         kwargs,
         configs,

@@ -4,6 +4,9 @@
     ``v1`` (default): on a CPU the V1 runner, as plain vLLM.
     ``v2``: Model Runner V2 on a CPU, its Triton kernels under Triton's interpreter. This is the
     GPU's code path for tests: exact, and hundreds of times slower than a GPU.
+``PROXY_VLLM_BASE_API_KEY``
+    The key of a base that lives elsewhere (``--base-url``). Never an argument, so that it stands in
+    no list of processes and in no log.
 """
 
 import os
@@ -13,6 +16,7 @@ from pathlib import Path
 from proxy_vllm.errors import UserError
 
 CPU_RUNNER = "PROXY_VLLM_CPU_RUNNER"
+BASE_API_KEY = "PROXY_VLLM_BASE_API_KEY"
 
 # Holds a distribution that declares the Triton backend `cpu`, which vLLM asks for before it uses
 # Triton on a CPU. It must be visible when `triton` is imported, in worker processes too, and must
@@ -27,6 +31,11 @@ def cpu_runner() -> str:
     if value not in ("v1", "v2"):
         raise UserError(f"{CPU_RUNNER}={value!r} is not known: use 'v1' or 'v2'")
     return value
+
+
+def base_api_key() -> str | None:
+    """The key of the base's endpoint; None where it needs none."""
+    return os.environ.get(BASE_API_KEY) or None
 
 
 def prepare_process() -> None:

@@ -10,6 +10,7 @@ from proxy_vllm.errors import UserError
 from proxy_vllm.own_prompts.chat_templates import resolve_template
 from proxy_vllm.own_prompts.member_prompts import INPUT_KEY, MemberPrompts
 from proxy_vllm.own_prompts.prompts import check_tokenization
+from proxy_vllm.remote_base.settings import RemoteBase
 from proxy_vllm.spec_decode.admission import admit_every_parameter
 from proxy_vllm.surface import token_ids
 
@@ -43,6 +44,10 @@ class ProxyLLM(LLM):
             ``"llama-2-paper"``, a file, or Jinja (see own_prompts/chat_templates.py). The base's
             is the expert's own by default, if it has one, and a small member without one reads
             the base's prompt.
+        base_url, base_model: in place of ``model``: an OpenAI-compatible endpoint that reports
+            log-probabilities, and the base's name there (docs/remote_base.md). Its key is
+            ``PROXY_VLLM_BASE_API_KEY`` in the environment.
+        base_args: more fields of ``proxy_vllm.remote_base.settings.RemoteBase``.
         **kwargs: any argument of ``vllm.LLM``.
 
     Raises:
@@ -58,7 +63,7 @@ class ProxyLLM(LLM):
 
     def __init__(
         self,
-        model: str,
+        model: str | None = None,
         *,
         expert: str,
         antiexpert: str,
@@ -76,8 +81,18 @@ class ProxyLLM(LLM):
         base_chat_template: str | None = None,
         expert_chat_template: str | None = None,
         antiexpert_chat_template: str | None = None,
+        base_url: str | None = None,
+        base_model: str | None = None,
+        base_args: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        remote_base = None
+        if base_url is not None:
+            if model is not None:
+                raise UserError(f"model {model!r} and base_url: give one of them")
+            remote_base = RemoteBase(base_url, base_model or "", **(base_args or {}))
+        elif model is None:
+            raise UserError("a base is needed: model, or base_url with base_model")
         self.proxy_config = ProxyConfig(
             expert=str(expert),
             antiexpert=str(antiexpert),
@@ -94,19 +109,30 @@ class ProxyLLM(LLM):
             fused_head_max_batch=fused_head_max_batch,
             sampler_cuda_graphs=sampler_cuda_graphs,
             speculative_tokens=speculative_tokens,
+            remote_base=remote_base,
         )
         kwargs = prepare_engine_args(
-            {**kwargs, "model": str(model)},
+            {**kwargs, "model": str(antiexpert if model is None else model)},
             self.proxy_config,
             base_chat_template=base_chat_template,
         )
         super().__init__(**kwargs)
+        if remote_base is not None:
+            self._steer_remote_base()
 
         admit_every_parameter(self.llm_engine)
         self.member_prompts = MemberPrompts(self.llm_engine.vllm_config)
         generation = self.model_config.try_get_generation_config()
         self._other_ends = set(token_ids(generation.get("eos_token_id")))
         self._other_ends.discard(self.renderer.get_eos_token_id())
+
+    def _steer_remote_base(self) -> None:
+        from proxy_vllm.remote_base.engine_core import SteeredCore
+        from proxy_vllm.remote_base.start import endpoint_of
+
+        engine: Any = self.llm_engine
+        endpoint = endpoint_of(engine.vllm_config)
+        engine.engine_core = SteeredCore(engine.engine_core, engine.vllm_config, endpoint)
 
     def _beam_search_step(  # type: ignore[override]  # vLLM calls it by keyword
         self,

@@ -114,7 +114,8 @@ class RequestPool:
         self._sequences -= request.params.n
         reasons = {completion.finish_reason for completion in output.outputs}
         if reasons & {"error", "abort"}:
-            reason = "the engine could not finish this request"
+            why = next((c.stop_reason for c in output.outputs if c.stop_reason), None)
+            reason = str(why or "the engine could not finish this request")
             slot.result = Result(slot.number, request.id, error=reason)
         else:
             data = result_json(request, output, token_ids=self.token_ids)

@@ -244,6 +244,9 @@ def result_json(request: Request, output: "RequestOutput", *, token_ids: bool) -
     }
     if output.prompt_logprobs is not None:
         counts["prompt_logprobs"] = [_ranked(p) if p else None for p in output.prompt_logprobs]
+    # What was certified of an answer whose base lives elsewhere.
+    if report := (output.kv_transfer_params or {}).get("proxy"):
+        counts["proxy"] = report
     if len(texts) > 1:
         return {"id": request.id, "outputs": texts, **counts}
     (text,) = texts

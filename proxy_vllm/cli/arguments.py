@@ -109,10 +109,14 @@ def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
         help="replay heads, combination and draw of a step as one CUDA graph (not yet measured on"
         " a GPU)",
     )
+    from proxy_vllm.cli.remote_base import add_remote_base_arguments
+
+    add_remote_base_arguments(parser)
 
 
 def proxy_config(args: argparse.Namespace):
     """The ``ProxyConfig`` that the parsed options describe."""
+    from proxy_vllm.cli.remote_base import remote_base
     from proxy_vllm.config import ProxyConfig
     from proxy_vllm.own_prompts.chat_templates import resolve_template
 
@@ -132,7 +136,26 @@ def proxy_config(args: argparse.Namespace):
         fused_head_max_batch=args.fused_head_max_batch,
         sampler_cuda_graphs=args.sampler_cuda_graphs,
         speculative_tokens=args.speculative_tokens,
+        remote_base=remote_base(args),
     )
+
+
+def name_base(args: argparse.Namespace, proxy: Any) -> None:
+    """Set ``args.model`` to the base of the engine: the antiexpert where the base is elsewhere.
+
+    Raises:
+        UserError: there is none.
+    """
+    if proxy.remote_base is None:
+        args.model = getattr(args, "model_tag", None) or getattr(args, "model", None)
+        if not args.model:
+            raise UserError(
+                "a base model is needed: name its folder or hub name first, or --base-url"
+            )
+        return
+    args.model = proxy.antiexpert
+    if getattr(args, "served_model_name", None) is None:
+        args.served_model_name = [proxy.remote_base.model]
 
 
 def apply_to_namespace(args: argparse.Namespace) -> None:
@@ -146,13 +169,11 @@ def apply_to_namespace(args: argparse.Namespace) -> None:
     """
     from proxy_vllm.engine_args import prepare_engine_args
 
-    if getattr(args, "model_tag", None):
-        args.model = args.model_tag
-    if not getattr(args, "model", None):
-        raise UserError("a base model is needed: name its folder or hub name first")
+    proxy = proxy_config(args)
+    name_base(args, proxy)
     kwargs = prepare_engine_args(
         vars(args),
-        proxy_config(args),
+        proxy,
         base_chat_template=args.base_chat_template,
         caps_max_tokens=True,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.entrypoints.cli.types import CLISubcommand
 
-from proxy_vllm.cli.arguments import add_proxy_arguments, proxy_config
+from proxy_vllm.cli.arguments import add_proxy_arguments, name_base, proxy_config
 from proxy_vllm.errors import UserError
 
 _SAMPLING = {
@@ -25,9 +25,6 @@ class GenerateSubcommand(CLISubcommand):
 
     @staticmethod
     def cmd(args: argparse.Namespace) -> None:
-        args.model = args.model_tag or args.model
-        if not args.model:
-            raise UserError("a base model is needed: name its folder or hub name first")
         if (args.data_parallel_size or 1) > 1:
             raise UserError("--data-parallel-size: --replicas N runs N engines on Ray")
         defaults = sampling_defaults(args)
@@ -143,11 +140,17 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.seed is None:
         args.seed = 0
-    engine = EngineArgs.from_cli_args(args)
     proxy = proxy_config(args)
+    name_base(args, proxy)
+    engine = EngineArgs.from_cli_args(args)
+    own = {field.name: getattr(proxy, field.name) for field in dataclasses.fields(proxy)}
+    if (remote := own.pop("remote_base")) is not None:
+        more = dataclasses.asdict(remote)
+        own["base_url"], own["base_model"] = more.pop("url"), more.pop("model")
+        own |= {"model": None, "base_args": more}
     return {
         **{field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)},
-        **{field.name: getattr(proxy, field.name) for field in dataclasses.fields(proxy)},
+        **own,
         "chat_template": args.chat_template,
         "base_chat_template": args.base_chat_template,
     }

@@ -4,6 +4,7 @@ import argparse
 import errno
 from pathlib import Path
 
+import uvloop
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.cli.types import CLISubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -25,7 +26,12 @@ class ProxyServeSubcommand(ServeSubcommand):
         # Requests with an alpha that cannot run are answered 400 before they reach the engine.
         args.middleware = [*args.middleware, "proxy_vllm.server.admission.AdmissionMiddleware"]
         try:
-            ServeSubcommand.cmd(args)
+            if args.base_url is None:
+                ServeSubcommand.cmd(args)
+            else:
+                from proxy_vllm.remote_base.async_llm import run_server
+
+                uvloop.run(run_server(args))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
