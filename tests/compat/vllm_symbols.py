@@ -28,6 +28,27 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.v1.sample.logits_processor.builtin:LogitBiasLogitsProcessor": {
         "spec_decode/v1_runner.py": "biases"
     },
+    "vllm.v1.engine.async_llm:AsyncLLM": {
+        "remote_base/async_llm.py": "engine_core output_handler output_processor vllm_config",
+    },
+    "vllm.v1.engine.llm_engine:LLMEngine": {"llm.py": "engine_core vllm_config"},
+    "vllm.v1.engine.output_processor:OutputProcessor": {
+        "remote_base/async_llm.py": "abort_requests request_states",
+    },
+    "vllm.v1.engine.output_processor:RequestState": {
+        "remote_base/async_llm.py": "parent_req queue",
+    },
+    "vllm.v1.engine.core_client:AsyncMPClient": {
+        "remote_base/engine_core.py": "abort_requests_async add_request_async get_output_async"
+        " shutdown",
+    },
+    "vllm.v1.engine.core_client:SyncMPClient": {
+        "remote_base/engine_core.py": "abort_requests add_request get_output shutdown",
+    },
+    "vllm.v1.request:Request": {
+        "remote_base/engine_core.py": "append_output_token_ids from_engine_core_request"
+        " get_finished_reason stop_reason",
+    },
     "vllm.v1.engine.input_processor:InputProcessor": {
         "spec_decode/admission.py": "speculative_config"
     },
@@ -385,6 +406,7 @@ OVERRIDES: dict[str, str] = {
     " gather_batch_req_state sample shutdown",
     "proxy_vllm.worker.sampler:ProxySampler": "__init__ add_request",
     "proxy_vllm.server.ray_serve:_Parser": "error",
+    "proxy_vllm.remote_base.async_llm:RemoteBaseLLM": "_run_output_handler",
     "proxy_vllm.worker.gpu_worker:ProxyWorker": "_make_model_runner compile_or_warm_up_model"
     " get_kv_cache_spec init_device initialize_from_config load_model",
 }
