@@ -31,7 +31,6 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.v1.engine.async_llm:AsyncLLM": {
         "remote_base/async_llm.py": "engine_core output_handler output_processor vllm_config",
     },
-    "vllm.v1.engine.llm_engine:LLMEngine": {"llm.py": "engine_core vllm_config"},
     "vllm.v1.engine.output_processor:OutputProcessor": {
         "remote_base/async_llm.py": "abort_requests request_states",
     },
@@ -44,10 +43,6 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     },
     "vllm.v1.engine.core_client:SyncMPClient": {
         "remote_base/engine_core.py": "abort_requests add_request get_output shutdown",
-    },
-    "vllm.v1.request:Request": {
-        "remote_base/engine_core.py": "append_output_token_ids from_engine_core_request"
-        " get_finished_reason stop_reason",
     },
     "vllm.v1.engine.input_processor:InputProcessor": {
         "spec_decode/admission.py": "speculative_config"
@@ -220,9 +215,11 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         " scheduled_spec_decode_tokens total_num_scheduled_tokens",
     },
     "vllm.v1.request:Request": {
+        "remote_base/engine_core.py": "append_output_token_ids from_engine_core_request"
+        " get_finished_reason stop_reason",
         "own_prompts/scheduler.py": "_all_token_ids _block_hasher all_token_ids block_hashes"
         " max_tokens num_prompt_tokens num_tokens prefill_stats prompt_token_ids request_id"
-        " resumable sampling_params update_block_hashes"
+        " resumable sampling_params update_block_hashes",
     },
     "vllm.v1.metrics.stats:PrefillStats": {
         "own_prompts/scheduler.py": "num_local_cached_tokens num_prompt_tokens set"
@@ -237,7 +234,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "batch/generator.py": "enqueue enqueue_chat model_config request_counter",
     },
     "vllm.v1.engine.llm_engine:LLMEngine": {
-        "llm.py": "vllm_config",
+        "llm.py": "engine_core vllm_config",
         "batch/generator.py": "abort_request step",
         "batch/file_job.py": "engine_core",
     },
