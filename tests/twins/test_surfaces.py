@@ -9,6 +9,7 @@ from reference_loop import Trio, greedy
 from transformers import AutoTokenizer
 
 from twins import ANSWER, FAMILIES, THOUGHT, TOOL_CALLS, write_twins
+from twins.weights import plain_transformers
 
 QUESTION = [{"role": "user", "content": "Hello, how are you today?"}]
 
@@ -27,7 +28,8 @@ def test_expert_answers_and_ends_and_base_counts(name, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folders["expert"])
     ends = tokenizer.convert_tokens_to_ids(list(family.ends))
     assert None not in ends
-    trio = Trio.load(*folders.values(), dtype=torch.float32)
+    with plain_transformers():
+        trio = Trio.load(*folders.values(), dtype=torch.float32)
     prompt = ids_of(tokenizer)
 
     steered, _ = greedy(trio, prompt, 32, alpha=1.0, stop_ids=ends)

@@ -1,10 +1,15 @@
 """Random weights with a planted text: after a known token comes a known next one."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 # How far the planted next token stands above the rest, about, in units of logits.
-PEAK = 24.0
+PEAK = 48.0
 _ROWS = 2048  # drawn at once, so that members of different vocabulary sizes share their rows
 
 
@@ -20,7 +25,8 @@ def planted_model(config: AutoConfig, chain: dict[int, int], seed: int) -> torch
         chain: token id -> the id that follows.
         seed: of embeddings and head; members that share it are "the same model", tuned.
     """
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with plain_transformers():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     torch.manual_seed(seed)  # here, so that the size of the vocabulary changes no draw below
     width, vocab = config.hidden_size, config.vocab_size
     embeddings = _unit(torch.randn(_ROWS, width))
@@ -52,6 +58,24 @@ def planted_model(config: AutoConfig, chain: dict[int, int], seed: int) -> torch
             mlp.up_proj.weight.data[neuron] = unit * embeddings[token]
             mlp.down_proj.weight.data[:, neuron] = 3 * stream / 64 * head[following]
     return model
+
+
+@contextmanager
+def plain_transformers() -> Iterator[None]:
+    """Let Transformers build models that vLLM runs through its Transformers backend (OLMo 2).
+
+    An engine that has run in this process has marked their classes for compilation, and they then
+    ask for vLLM's configuration.
+    """
+    if "vllm.compilation.decorators" not in sys.modules:
+        yield
+        return
+    from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
+
+    config = VllmConfig(compilation_config=CompilationConfig(mode=0))
+    object.__setattr__(config, "model_config", SimpleNamespace(hf_config=PreTrainedConfig()))
+    with set_current_vllm_config(config):
+        yield
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:
