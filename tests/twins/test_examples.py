@@ -126,7 +126,8 @@ def check_own(options: str, folder) -> None:
                 source.write_text('{"prompt": "The capital of France is"}\n')
     if argv[0] == "serve" and "--dtype" not in argv:
         argv += ["--dtype", "float32"]
-    if "--replicas" in argv or argv[:2] == ["bench", "serve"]:
+    starts = argv[0] in ("serve", "generate", "bench", "demo", "plan")
+    if not starts or "--replicas" in argv or argv[:2] == ["bench", "serve"]:
         return check_parses(argv)
     if argv[0] == "plan":
         return main.main(argv)
@@ -137,7 +138,7 @@ def check_own(options: str, folder) -> None:
 
 
 def check_parses(argv: list[str]) -> None:
-    """Options alone: the command would look for a cluster or a server."""
+    """Options alone: the command would look for a cluster, a server, or what is installed."""
     from importlib import import_module
 
     from vllm.utils.argparse_utils import FlexibleArgumentParser
