@@ -8,8 +8,8 @@ from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.engine_args import prepare_engine_args
 from proxy_vllm.errors import UserError
 from proxy_vllm.own_prompts.chat_templates import resolve_template
-from proxy_vllm.own_prompts.member_prompts import INPUT_KEY, MemberPrompts
-from proxy_vllm.own_prompts.prompts import check_tokenization
+from proxy_vllm.own_prompts.member_prompts import INPUT_KEY, MemberPrompts, check_messages
+from proxy_vllm.own_prompts.prompts import check_tokenization, refuse_misspelled
 from proxy_vllm.remote_base.settings import RemoteBase
 from proxy_vllm.spec_decode.admission import admit_every_parameter
 from proxy_vllm.surface import token_ids
@@ -186,6 +186,7 @@ class ProxyLLM(LLM):
         return self._carry(super()._preprocess_cmpl_one(prompt, tokenization_kwargs, **kwargs), own)
 
     def _preprocess_chat_one(self, conversation: Any, **kwargs: Any) -> Any:
+        check_messages(conversation)
         own = None
         if self.member_prompts.has_templates:
             check_tokenization(kwargs.get("tokenization_kwargs"))
@@ -210,6 +211,7 @@ class ProxyLLM(LLM):
 
     def _add_request(self, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
         self.proxy_config.check_request(params)
+        refuse_misspelled(getattr(params, "extra_args", None) or ())
         own = prompt.pop(INPUT_KEY, None) if isinstance(prompt, dict) else None
         params = self.member_prompts.add_to(params, own)
         return super()._add_request(prompt, params, *args, **kwargs)

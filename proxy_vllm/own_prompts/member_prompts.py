@@ -24,6 +24,30 @@ if TYPE_CHECKING:
 INPUT_KEY = "proxy_prompts"
 
 
+def check_messages(messages: Any) -> None:
+    """Refuse a conversation whose messages are not of OpenAI's form.
+
+    Raises:
+        UserError: naming the message, from 0, and what is wrong with it.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise UserError(f"messages is {messages!r}: it must be a list, not empty")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            if isinstance(message, (str, int, float, list, tuple)) or message is None:
+                raise UserError(f"messages[{number}] is {message!r}: it must be an object")
+            continue  # a model of OpenAI's client library
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            if all(isinstance(part, (str, dict)) for part in content):
+                continue
+        elif content is None or isinstance(content, str):
+            continue
+        raise UserError(
+            f"messages[{number}].content is {content!r}: it must be text or a list of parts"
+        )
+
+
 class MemberPrompts:
     """Reads prompts for the expert and the antiexpert of one engine.
 

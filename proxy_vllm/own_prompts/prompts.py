@@ -5,10 +5,12 @@ model whose prompt has ``n`` tokens is ``pad = L - n`` behind: engine position `
 ``p - pad``, and it stores its token ``s`` in slot ``s`` of the request's block list.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from proxy_vllm.config import ROLES, ProxyConfig
+from proxy_vllm.config import ALPHA_KEY, ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,6 +96,31 @@ def check_ids(name: str, value: Any) -> list[int]:
 
 def names_own_prompts(extra_args: Any) -> bool:
     return isinstance(extra_args, dict) and any(k in extra_args for k in PROMPT_KEYS.values())
+
+
+def refuse_misspelled(names: Iterable[str], place: str = "extra_args") -> None:
+    """Refuse names of extra arguments that are almost ours: a server would pass over them.
+
+    Args:
+        names: keys of ``extra_args``; those of others' are let through.
+        place: where they stand, for the message.
+
+    Raises:
+        UserError: with the right name.
+    """
+    letters = {_letters(key): key for key in (ALPHA_KEY, *PROMPT_KEYS.values())}
+    known = {*letters.values(), RESOLVED_KEY}
+    for name in names:
+        if name in known:
+            continue
+        own = _letters(name)
+        for found in (own, f"proxy{own}", *get_close_matches(own, letters, 1, 0.85)):
+            if found in letters:
+                raise UserError(f"{name} in {place} is not known: the name is {letters[found]}")
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
 
 
 def check_parameters(params: Any) -> None:

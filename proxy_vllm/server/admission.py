@@ -16,14 +16,20 @@ from starlette.exceptions import HTTPException
 
 from proxy_vllm.config import ALPHA_KEY, ProxyConfig
 from proxy_vllm.errors import UserError
-from proxy_vllm.own_prompts.prompts import PROMPT_KEYS, RESOLVED_KEY, check_tokenization
+from proxy_vllm.own_prompts.prompts import (
+    PROMPT_KEYS,
+    RESOLVED_KEY,
+    check_tokenization,
+    refuse_misspelled,
+)
 from proxy_vllm.spec_decode.admission import admit_every_parameter
 
 _XARGS = "vllm_xargs"
 _OUR_KEYS = (ALPHA_KEY, *PROMPT_KEYS.values())
 # Bodies that mention none of these pass without being parsed; see _may_name_our_keys.
 _ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
-_MENTIONS = (b"proxy_alpha", *(key.encode() for key in (*PROMPT_KEYS.values(), RESOLVED_KEY)))
+# The place of our keys is a mention too: a misspelled key there is refused by its right name.
+_MENTIONS = (b"proxy_", _XARGS.encode(), b"extra_args")
 
 _CHAT = "/v1/chat/completions"
 _COMPLETIONS = "/v1/completions"
@@ -146,6 +152,7 @@ class AdmissionMiddleware:
         if path.endswith(_WITHOUT_XARGS) and not {*named, *request}.isdisjoint(_OUR_KEYS):
             raise UserError(f"{path} reads no {_XARGS}: it answers with the server's alpha")
         _check_places(request, fields, place, named)
+        refuse_misspelled(named, place)
         proxy.alpha_of(named)
         chat = chat and isinstance(request.get("messages"), list)
         prompts = chat or not named.keys().isdisjoint((*PROMPT_KEYS.values(), RESOLVED_KEY))

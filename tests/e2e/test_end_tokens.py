@@ -14,6 +14,8 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
+from proxy_vllm.errors import UserError
+
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 EOS, TURN, PAST = 1, 20, 100_000
 
@@ -114,6 +116,18 @@ def test_sampling_defaults_are_the_experts(llm):
 def test_a_stop_token_past_the_vocabulary_is_refused(llm):
     with pytest.raises(VLLMValidationError, match="out-of-vocab"):
         chat(llm, stop_token_ids=[PAST])
+    assert chat(llm).text == ANSWER
+
+
+def test_misspelled_keys_and_messages_of_another_form_are_refused(llm):
+    with pytest.raises(UserError, match=r"proxyalpha in extra_args .* the name is proxy_alpha"):
+        chat(llm, extra_args={"proxyalpha": 0.0})
+    for messages, reason in (
+        ([{"role": "user", "content": 5}], r"messages\[0\].content is 5"),
+        ([*QUESTION, {"role": "user", "content": [5]}], r"messages\[1\].content is \[5\]"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            llm.chat(messages, params(), use_tqdm=False)
     assert chat(llm).text == ANSWER
 
 

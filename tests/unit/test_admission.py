@@ -50,7 +50,10 @@ class Server:
             exclude_tools_when_tool_choice_none=args.exclude_tools_when_tool_choice_none,
             default_chat_template_kwargs=resolve_default_chat_template_kwargs(args),
         )
-        self.state = SimpleNamespace(vllm_config=config, online_renderer=renderer)
+        engine = SimpleNamespace(vllm_config=config, input_processor=SimpleNamespace())
+        self.state = SimpleNamespace(
+            vllm_config=config, online_renderer=renderer, engine_client=engine
+        )
         self.middleware = AdmissionMiddleware(self._app)
 
     async def _app(self, scope, receive, send):
@@ -134,6 +137,20 @@ def templated(trio, v2, tmp_path_factory):
 
 def xargs(**named) -> dict:
     return {"vllm_xargs": named}
+
+
+@pytest.mark.parametrize(
+    "name", ["proxyalpha", "proxy-alpha", "alpha", "Proxy_Alpha", "proxy_alhpa"]
+)
+def test_a_misspelled_key_is_refused_by_its_right_name(plain, name):
+    error = plain.refused(COMPLETIONS, {"prompt": "w5", **xargs(**{name: 0.5})})
+    assert error["message"] == f"{name} in vllm_xargs is not known: the name is proxy_alpha"
+    tokens = {"token_ids": [5], "sampling_params": {"extra_args": {name: 0.5}}}
+    assert "the name is proxy_alpha" in plain.refused(TOKENS, tokens)["message"]
+    error = plain.refused(CHAT, {"messages": MESSAGES, **xargs(expert_prompt=[1])})
+    assert "the name is proxy_expert_prompt" in error["message"]
+    # Another's key is not ours to refuse.
+    plain.passed(COMPLETIONS, {"prompt": "w5", **xargs(alphabet="abc", kv_transfer=1)})
 
 
 def test_prompts_of_a_completion_become_ids(plain):
