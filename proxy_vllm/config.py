@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "ProxyTunedForCausalLM"
 ROLES = ("base", "expert", "antiexpert")
+KV_CACHE_TABLES = ("auto", "one", "several")
 VLLM_VERSION = "0.32.0"
 # Whose end tokens may end an answer.
 STOP_TOKENS = ("expert", "base", "both")
@@ -62,6 +63,8 @@ class ProxyConfig:
             None where no tokenizer is read. Found at start-up, not set by users. The columns after
             it are padding, and are never drawn unless a request's alpha is 0.
         unnamed_tokens: the tokens before that which no tokenizer names.
+        kv_cache_tables: ``one`` block table for all layers, ``several`` for kinds of attention that
+            differ, or ``auto`` for what holds more requests (see ``composite/kv_layout.py``).
     """
 
     expert: str
@@ -82,6 +85,7 @@ class ProxyConfig:
     named_tokens: int | None = None
     unnamed_tokens: tuple[int, ...] = ()
     remote_base: RemoteBase | None = None
+    kv_cache_tables: str = "auto"
 
     def __post_init__(self) -> None:
         for role in ("expert", "antiexpert"):
@@ -90,6 +94,10 @@ class ProxyConfig:
         if self.stop_tokens not in STOP_TOKENS:
             raise UserError(
                 f"stop_tokens is {self.stop_tokens!r}: it must be one of {', '.join(STOP_TOKENS)}"
+            )
+        if self.kv_cache_tables not in KV_CACHE_TABLES:
+            raise UserError(
+                f"kv_cache_tables is {self.kv_cache_tables!r}: use {', '.join(KV_CACHE_TABLES)}"
             )
         low, high = self.alpha_range
         if not (math.isfinite(low) and math.isfinite(high) and low <= high):

@@ -37,7 +37,8 @@ class ProxyLLM(LLM):
         tokenizer_map: see ``proxy_vllm.config.ProxyConfig``.
         stop_tokens: whose end tokens end an answer: ``"expert"``, ``"base"`` or ``"both"``.
         own_prompts: let requests give each model a prompt of its own.
-        fused_head_max_batch, sampler_cuda_graphs: see ``proxy_vllm.config.ProxyConfig``.
+        fused_head_max_batch, sampler_cuda_graphs, kv_cache_tables: see
+            ``proxy_vllm.config.ProxyConfig``.
         speculative_tokens: draft this many tokens a step with the expert, or ``"auto"``.
         base_chat_template, expert_chat_template, antiexpert_chat_template: how each member reads a
             ``chat``: ``"auto"`` (its tokenizer's own template), ``"plain"``, ``"llama-2"``,
@@ -77,6 +78,7 @@ class ProxyLLM(LLM):
         own_prompts: bool = False,
         fused_head_max_batch: int = 0,
         sampler_cuda_graphs: bool = False,
+        kv_cache_tables: str = "auto",
         speculative_tokens: int | str | None = None,
         base_chat_template: str | None = None,
         expert_chat_template: str | None = None,
@@ -108,6 +110,7 @@ class ProxyLLM(LLM):
             own_prompts=own_prompts,
             fused_head_max_batch=fused_head_max_batch,
             sampler_cuda_graphs=sampler_cuda_graphs,
+            kv_cache_tables=kv_cache_tables,
             speculative_tokens=speculative_tokens,
             remote_base=remote_base,
         )

@@ -79,6 +79,7 @@ def validate_trio(
     configs = member_configs(kwargs, proxy)
     for role, config in configs.items():
         check_architecture(role, config)
+    check_caches(configs, kwargs, proxy)
     for role, config in configs.items():
         check_weights(role, config.model, load_format)
     check_tensor_parallel(configs, int(kwargs.get("tensor_parallel_size") or 1))
@@ -100,6 +101,7 @@ def member_configs(kwargs: dict[str, Any], proxy: ProxyConfig) -> "dict[str, Mod
 
     known = EngineArgs.__dataclass_fields__
     plain = {k: v for k, v in kwargs.items() if k in known and k != "max_model_len"}
+    plain["language_model_only"] = True
     configs = {
         "base": reading(
             "base", str(kwargs["model"]), lambda: EngineArgs(**plain).create_model_config()
@@ -115,27 +117,63 @@ def member_configs(kwargs: dict[str, Any], proxy: ProxyConfig) -> "dict[str, Mod
 
 
 def check_architecture(role: str, config: "ModelConfig") -> None:
-    """Refuse what the composite cannot hold: anything but a decoder with full attention."""
-    name = f"{role} {config.model!r}"
+    """Refuse what is no decoder of text, token after token."""
     kinds = {
         "an encoder-decoder": config.is_encoder_decoder,
-        "a multimodal model": config.is_multimodal_model,
-        "a model without attention": config.is_attention_free,
-        "a hybrid of attention and state-space layers": config.is_hybrid,
-        "a model with multi-head latent attention": config.use_mla,
         "not a text-generation model": config.runner_type != "generate",
+        "a diffusion model": config.is_diffusion,
     }
     for kind, found in kinds.items():
         if found:
-            raise UserError(f"{name} is {kind}: proxy_vllm runs decoders with full attention")
-    text_config = config.hf_text_config
-    layer_types = set(getattr(text_config, "layer_types", None) or []) - {"full_attention"}
-    if (layer_types or config.get_sliding_window()) and not config.disable_sliding_window:
-        kind = ", ".join(sorted(layer_types)) or f"window {config.get_sliding_window()}"
+            raise UserError(
+                f"{role} {config.model!r} is {kind}: proxy_vllm runs decoders of text, which write"
+                " one token after the other"
+            )
+
+
+def check_caches(
+    configs: "dict[str, ModelConfig]", kwargs: dict[str, Any], proxy: ProxyConfig
+) -> None:
+    """Refuse members whose caches vLLM cannot keep side by side, or not with these options."""
+    from vllm.platforms import current_platform
+
+    from proxy_vllm.composite.engine_config import no_prefix_caching
+
+    def named(role: str) -> str:
+        return f"{role} {configs[role].model!r}"
+
+    if proxy.takes_own_prompts and proxy.kv_cache_tables == "several":
         raise UserError(
-            f"{name} uses sliding-window or other partial attention ({kind}): proxy_vllm runs"
-            " full attention; --disable-sliding-window caps the length at the window instead"
+            "--kv-cache-tables several: models that read prompts of their own need one table, since"
+            " blocks are freed by the longest prompt's count"
         )
+    latent = [role for role, config in configs.items() if config.use_mla]
+    other = [role for role, config in configs.items() if not config.use_mla]
+    if latent and other and current_platform.is_cpu():
+        raise UserError(
+            f"{named(latent[0])} has multi-head latent attention and {named(other[0])} has not:"
+            " vLLM's kernels for a CPU want blocks of different sizes for them, and members share"
+            " theirs; use members of one kind, or a GPU"
+        )
+    for role, config in configs.items():
+        if kwargs.get("enable_prefix_caching") and (reason := no_prefix_caching(config)):
+            raise UserError(f"--enable-prefix-caching with the {named(role)}: {reason}")
+        states = config.is_hybrid or config.is_attention_free
+        if states and proxy.takes_own_prompts:
+            raise UserError(
+                f"{named(role)} keeps states instead of keys and values: --own-prompts, and chat"
+                " templates of small members, need attention alone"
+            )
+        if states and (proxy.speculative_tokens or kwargs.get("speculative_config")):
+            raise UserError(
+                f"{named(role)} keeps states instead of keys and values, from which rejected drafts"
+                " cannot be taken back: leave --speculative-tokens and --speculative-config out"
+            )
+        if states and kwargs.get("disable_hybrid_kv_cache_manager"):
+            raise UserError(
+                f"{named(role)} keeps states, which need block tables of their own: leave"
+                " --disable-hybrid-kv-cache-manager out"
+            )
 
 
 def check_load_format(load_format: str) -> None:

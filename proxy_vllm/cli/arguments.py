@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from proxy_vllm.config import STOP_TOKENS
+from proxy_vllm.config import KV_CACHE_TABLES, STOP_TOKENS
 from proxy_vllm.errors import UserError
 
 
@@ -112,6 +112,13 @@ def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
     from proxy_vllm.cli.remote_base import add_remote_base_arguments
 
     add_remote_base_arguments(parser)
+    group.add_argument(
+        "--kv-cache-tables",
+        choices=KV_CACHE_TABLES,
+        default="auto",
+        help="one block table for all layers, several for windows and full attention apart, or what"
+        " holds more requests (default: auto)",
+    )
 
 
 def proxy_config(args: argparse.Namespace):
@@ -137,6 +144,7 @@ def proxy_config(args: argparse.Namespace):
         sampler_cuda_graphs=args.sampler_cuda_graphs,
         speculative_tokens=args.speculative_tokens,
         remote_base=remote_base(args),
+        kv_cache_tables=args.kv_cache_tables,
     )
 
 

@@ -1,8 +1,8 @@
 """Rotary embedding on a CPU for models that give it queries by head.
 
-vLLM's CPU kernel (0.32.0) takes queries ``[T, heads * size]`` or ``[T, heads, size]``, and is wrong
-for the second form with more than one head: DeepSeek's and LFM2's answers then differ alone and in a
-batch. Models that are compiled do not use it.
+vLLM's CPU kernel (0.32.0) takes queries ``[T, heads * size]`` or ``[T, heads, size]``, and is
+wrong for the second form with more than one head: DeepSeek's and LFM2's answers then differ alone
+and in a batch. Models that are compiled do not use it.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 
 def rotate_flat(member: nn.Module) -> None:
-    """Let every rotary embedding of a member that calls the CPU kernel see queries without heads."""
+    """Give a member's rotary embeddings, where they call the kernel, queries without heads."""
     for module in member.modules():
         if isinstance(module, RotaryEmbedding) and module._forward_method == module.forward_cpu:
             module._forward_method = partial(_rotate, module)

@@ -4,10 +4,16 @@ vLLM keeps such hooks in a table keyed by architecture, and knows the composite 
 alone. The hook of the composite runs those of its members.
 """
 
+import copy
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.model_executor.models.config import (
+    MODELS_CONFIG_MAP,
+    HybridAttentionMambaModelConfig,
+    VerifyAndUpdateConfig,
+)
+from vllm.transformers_utils.config import get_config
 
 from proxy_vllm.config import ARCHITECTURE, ROLES, ProxyConfig
 
@@ -16,21 +22,93 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
+# Fields of configurations whose models have state-space layers (Mamba, Mamba 2).
+_STATE_SPACE = ("mamba_d_state", "mamba_chunk_size", "ssm_state_size", "state_size")
+
 
 class CompositeConfig(VerifyAndUpdateConfig):
     """Called by vLLM while it completes an engine's configuration, in every process."""
 
     @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        for architecture in own_architectures(model_config):
+            if (hook := MODELS_CONFIG_MAP.get(architecture)) is not None:
+                hook.verify_and_update_model_config(model_config)
+
+    @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         from proxy_vllm.composite.member_configs import member_model_configs
 
+        composite = vllm_config.model_config
         proxy = ProxyConfig.from_vllm_config(vllm_config)
-        configs = member_model_configs(vllm_config.model_config, proxy)
+        configs = member_model_configs(composite, proxy)
+        _choose_prefix_caching(vllm_config, configs)
+        for role, model_config in configs.items():
+            _run_hook(role, vllm_config, model_config)
         _fit_fused_all_reduce(vllm_config, configs)
+        _read_positions_of_text(composite)
+
+
+def own_architectures(composite: "ModelConfig") -> list[str]:
+    """The architectures that the base's checkpoint names, behind the composite's."""
+    own = get_config(
+        composite.hf_config_path or composite.model,
+        composite.trust_remote_code,
+        composite.revision,
+        composite.code_revision,
+        composite.config_format,
+        token=composite.hf_token,
+    )
+    return list(own.architectures or [])
 
 
 def register() -> None:
     MODELS_CONFIG_MAP[ARCHITECTURE] = CompositeConfig
+
+
+def _run_hook(role: str, vllm_config: "VllmConfig", model_config: "ModelConfig") -> None:
+    """vLLM's hook for one member. A small member's settles its caches and attention alone."""
+    from proxy_vllm.composite.member_configs import view
+
+    own = view(vllm_config, model_config)
+    if role != "base":
+        for name in ("structured_outputs_config", "compilation_config", "scheduler_config"):
+            setattr(own, name, copy.copy(getattr(own, name)))
+    if (hook := MODELS_CONFIG_MAP.get(model_config.architecture)) is not None:
+        hook.verify_and_update_config(own)
+    if model_config.is_hybrid or model_config.is_attention_free:
+        HybridAttentionMambaModelConfig.verify_and_update_config(own)
+
+
+def no_prefix_caching(config: "ModelConfig") -> str | None:
+    """Why a member's prefixes cannot be cached; None if they can."""
+    from vllm.platforms import current_platform
+
+    if not config.is_prefix_caching_supported:
+        return "vLLM has none for its architecture"
+    scans = any(hasattr(config.hf_text_config, name) for name in _STATE_SPACE)
+    if config.is_hybrid and scans and current_platform.is_cpu():
+        return "vLLM's state-space kernel for a CPU (0.32.0) fails with it"
+    return None
+
+
+def _choose_prefix_caching(vllm_config: "VllmConfig", configs: "dict[str, ModelConfig]") -> None:
+    if not vllm_config.cache_config.enable_prefix_caching:
+        return
+    for role, config in configs.items():
+        if reason := no_prefix_caching(config):
+            vllm_config.cache_config.enable_prefix_caching = False
+            logger.info("Prefix caching is off for the %s %r: %s", role, config.model, reason)
+            return
+
+
+def _read_positions_of_text(composite: "ModelConfig") -> None:
+    """Positions have one dimension: of a model that also sees images, text alone is read."""
+    for config in {id(c): c for c in (composite.hf_config, composite.hf_text_config)}.values():
+        rope = getattr(config, "rope_parameters", None)
+        if isinstance(rope, dict):
+            rope.pop("mrope_section", None)
+            rope.pop("mrope_interleaved", None)
 
 
 def _fit_fused_all_reduce(vllm_config: "VllmConfig", configs: "dict[str, ModelConfig]") -> None:

@@ -7,22 +7,18 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 from vllm.compilation.backends import set_model_tag
-from vllm.config import ModelConfig, VllmConfig
-from vllm.model_executor.layers.attention import Attention
+from vllm.config import VllmConfig
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
-from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
+from vllm.platforms import current_platform
 
-from proxy_vllm.composite.member_configs import view
+from proxy_vllm.composite.cpu_rotary import rotate_flat
 from proxy_vllm.config import ROLES
 from proxy_vllm.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
-
-# Attributes of an attention layer's implementation by which metadata may differ.
-_ATTENTION_KIND = ("num_heads", "num_kv_heads", "head_size", "logits_soft_cap")
 
 
 def build_member(role: str, member_config: VllmConfig, prefix: str) -> nn.Module:
@@ -33,73 +29,32 @@ def build_member(role: str, member_config: VllmConfig, prefix: str) -> nn.Module
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(member_config.model_config.dtype)
     try:
-        with nullcontext() if role == "base" else set_model_tag(role):
-            return initialize_model(
+        with _window_of(member_config), nullcontext() if role == "base" else set_model_tag(role):
+            member = initialize_model(
                 member_config, prefix=prefix, model_config=member_config.model_config
             )
     finally:
         torch.set_default_dtype(dtype)
+    if current_platform.is_cpu():
+        rotate_flat(member)
+    return member
 
 
-def give_own_attention(members: dict[str, nn.Module], configs: dict[str, VllmConfig]) -> None:
-    """Have the small members' attention metadata made for their own dtype, heads and head size.
-
-    vLLM's builders of metadata take what they need to know of a model from the engine's
-    configuration, which is the base's; a processor's kernels then abort on another dtype, and
-    others size their buffers by the wrong heads. Members that agree in all of it share a builder.
-    """
-    own: dict[tuple, type[AttentionBackend]] = {}
-    for role in ROLES[1:]:
-        config = configs[role].model_config
-        for layer in attention_layers(members[role]):
-            impl = layer.impl
-            key = (
-                layer.attn_backend,
-                config.dtype,
-                *(getattr(impl, name, None) for name in _ATTENTION_KIND),
-            )
-            if key not in own:
-                own[key] = _backend_of(role, layer.attn_backend, config)
-            layer.attn_backend = own[key]
-
-
-def separate_attention(members: dict[str, nn.Module]) -> None:
-    """Give each member attention metadata of its own: models read prompts of their own.
-
-    vLLM builds metadata once for all layers with one backend and one cache shape, and some builders
-    keep buffers. It tells groups apart by the backend's class.
-    """
-    for role, member in members.items():
-        own: dict[type, type] = {}
-        for layer in attention_layers(member):
-            backend = layer.attn_backend
-            if backend not in own:
-                own[backend] = subclass_attention_backend(
-                    f"Proxy_{role}_", backend, backend.get_builder_cls()
-                )
-            layer.attn_backend = own[backend]
-
-
-def attention_layers(member: nn.Module) -> list[Attention]:
-    return [module for module in member.modules() if isinstance(module, Attention)]
-
-
-def _backend_of(
-    role: str, backend: type[AttentionBackend], model_config: ModelConfig
-) -> type[AttentionBackend]:
-    """The backend, with metadata made for a model of ``model_config``."""
-
-    class MemberBuilder(backend.get_builder_cls()):  # type: ignore[misc]
-        def __init__(self, kv_cache_spec, layer_names, vllm_config, device, **kwargs) -> None:
-            own = view(vllm_config, model_config)
-            super().__init__(kv_cache_spec, layer_names, own, device, **kwargs)
-
-        @classmethod
-        def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
-            own = view(vllm_config, model_config)
-            return super().get_cudagraph_support(own, kv_cache_spec)
-
-    return subclass_attention_backend(f"{role}_", backend, MemberBuilder)
+@contextmanager
+def _window_of(member_config: VllmConfig) -> Iterator[None]:
+    """Have layers that are told no window take the member's, from settings that all share."""
+    cache_config, model_config = member_config.cache_config, member_config.model_config
+    window = model_config.get_sliding_window()
+    types = getattr(model_config.hf_text_config, "layer_types", None)
+    # As vLLM's `EngineArgs` finds it: layers of unlike models say themselves what they are.
+    if model_config.disable_sliding_window or set(types or ()) - {"sliding_attention"}:
+        window = None
+    engine = cache_config.sliding_window
+    cache_config.sliding_window = window
+    try:
+        yield
+    finally:
+        cache_config.sliding_window = engine
 
 
 @contextmanager

@@ -14,16 +14,15 @@ from vllm.model_executor.models.interfaces import SupportsPP, supports_pp
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
+from proxy_vllm.composite.attention import give_own_attention, has_states, separate_attention
 from proxy_vllm.composite.formula import combine_logits
 from proxy_vllm.composite.heads import FusedHeads, MemberLogits, ShardedHeads
 from proxy_vllm.composite.member_configs import member_vllm_configs
 from proxy_vllm.composite.members import (
     build_member,
-    give_own_attention,
     load_member,
     naming_member,
     retie_embeddings,
-    separate_attention,
     weight_bytes,
 )
 from proxy_vllm.composite.token_map import number_as_base
@@ -361,12 +360,19 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             name for name in names if not name.startswith("base.")
         }
 
-    @staticmethod
-    def get_model_state_cls() -> type:
-        """Model Runner V2's hook for per-request state."""
-        from proxy_vllm.worker.model_state import ProxyModelState
+    def get_mamba_state_copy_funcs(self, mamba_types: set) -> dict:
+        """What copies a state across blocks, of whichever member has states of such a type."""
+        found: dict = {}
+        for member in self.members():
+            if hasattr(member, "get_mamba_state_copy_funcs"):
+                found |= member.get_mamba_state_copy_funcs(mamba_types)
+        return found
 
-        return ProxyModelState
+    def get_model_state_cls(self) -> type:
+        """Model Runner V2's hook for per-request state."""
+        from proxy_vllm.worker.model_state import ProxyHybridModelState, ProxyModelState
+
+        return ProxyHybridModelState if has_states(self) else ProxyModelState
 
 
 def _outlive(

@@ -2,18 +2,23 @@
 
 from vllm.logger import init_logger
 from vllm.utils.mem_utils import format_gib
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.gpu_worker import Worker
 
+from proxy_vllm.composite import kv_layout
 from proxy_vllm.composite.members import kv_bytes_per_token
 from proxy_vllm.config import ProxyConfig, check_vllm_version
 from proxy_vllm.errors import UserError
+from proxy_vllm.own_prompts.prompts import unsupported_reason
 
 logger = init_logger(f"vllm.{__name__}")
 
 
 class ProxyWorker(Worker):
     """GPU worker on Model Runner V2; the CPU worker differs in the runner that it makes."""
+
+    kv_cache_specs: dict[str, KVCacheSpec] | None = None
 
     def init_device(self) -> None:
         check_vllm_version()
@@ -42,30 +47,45 @@ class ProxyWorker(Worker):
         )
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        specs = super().get_kv_cache_spec()
-        for name, spec in specs.items():
-            role = name.split(".", 1)[0]
-            if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
-                raise UserError(
-                    f"{role}: layer {name} uses {type(spec).__name__}; proxy_vllm runs models with"
-                    " full attention only"
-                )
-        return specs
+        """The caches of this rank's layers, in the layout that holds more requests."""
+        if self.kv_cache_specs is None:
+            reason = None
+            if unsupported_reason(self.vllm_config) is None:
+                reason = "models read prompts of their own"
+            asked = ProxyConfig.from_vllm_config(self.vllm_config).kv_cache_tables
+            self.kv_cache_specs = kv_layout.choose(
+                self.vllm_config,
+                super().get_kv_cache_spec,
+                self.get_supported_kv_cache_layouts(),
+                asked,
+                reason,
+            )
+        return dict(self.kv_cache_specs)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
-        per_token = kv_bytes_per_token(super().get_kv_cache_spec())
-        blocks = kv_cache_config.num_blocks
-        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        tokens = blocks * block_size
+        specs, groups = self.get_kv_cache_spec(), kv_cache_config.kv_cache_groups
+        if len(groups) == 1:
+            per_token = kv_bytes_per_token(specs)
+            tokens = kv_cache_config.num_blocks * groups[0].kv_cache_spec.block_size
+            logger.info(
+                "KV cache on rank %d: %d tokens; %s",
+                self.rank,
+                tokens,
+                ", ".join(
+                    f"{role} {format_gib(int(b * tokens))} GiB ({b:.0f} bytes a token)"
+                    for role, b in per_token.items()
+                ),
+            )
+            return
+        per_request = kv_layout.bytes_per_request(self.vllm_config, specs)
         logger.info(
-            "KV cache on rank %d: %d tokens; %s",
+            "KV cache on rank %d: %.1f requests of %d tokens, in %d block tables; of each, %s",
             self.rank,
-            tokens,
-            ", ".join(
-                f"{role} {format_gib(int(b * tokens))} GiB ({b:.0f} bytes a token)"
-                for role, b in per_token.items()
-            ),
+            get_max_concurrency_for_kv_cache_config(self.vllm_config, kv_cache_config),
+            self.vllm_config.model_config.max_model_len,
+            len(groups),
+            ", ".join(f"{role} {format_gib(b)} GiB" for role, b in per_request.items()),
         )
 
     def compile_or_warm_up_model(self):

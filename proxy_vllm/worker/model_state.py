@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -40,7 +41,7 @@ def _expand_alpha_kernel(
         tl.store(out_ptr + index, alpha, mask=index < end)
 
 
-class ProxyModelState(DefaultModelState):
+class _ProxyState(DefaultModelState):
     """Adds alpha and own prompts to vLLM's state of a decoder-only model."""
 
     supports_prompt_embeds = False
@@ -180,3 +181,11 @@ class ProxyModelState(DefaultModelState):
         from proxy_vllm.spec_decode.verification import DraftVerifier
 
         return ours, DraftVerifier(ours, speculative.num_speculative_tokens)
+
+
+class ProxyModelState(_ProxyState):
+    """The state of three models with attention alone."""
+
+
+class ProxyHybridModelState(_ProxyState, MambaHybridModelState):
+    """The state where some model has layers with states, which vLLM copies from block to block."""

@@ -63,11 +63,13 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         " disable_sliding_window dtype enforce_eager hf_overrides hf_text_config hf_token"
         " max_model_len maybe_untie_word_embeddings model seed skip_tokenizer_init tokenizer_mode"
         " trust_remote_code verify_with_parallel_config",
-        "engine_config.py": "get_hidden_size",
+        "engine_config.py": "architecture code_revision config_format dtype get_hidden_size"
+        " hf_config hf_config_path is_attention_free is_hybrid is_prefix_caching_supported"
+        " revision",
         "model.py": "get_vocab_size",
-        "validate.py": "get_sliding_window get_total_num_kv_heads hf_text_config is_attention_free"
-        " is_encoder_decoder is_hybrid is_multimodal_model model_arch_config runner_type tokenizer"
-        " use_mla",
+        "validate.py": "get_total_num_kv_heads is_attention_free is_diffusion is_encoder_decoder"
+        " is_hybrid model_arch_config runner_type tokenizer use_mla",
+        "members.py": "disable_sliding_window get_sliding_window hf_text_config",
         "batch/generator.py": "get_diff_sampling_param",
     },
     "vllm.transformers_utils.model_arch_config_convertor:ModelArchitectureConfig": {
@@ -92,7 +94,13 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "own_prompts/prompts.py": "scheduler_cls",
         "own_prompts/scheduler.py": "async_scheduling",
     },
-    "vllm.config:CacheConfig": {"own_prompts/scheduler.py": "prefix_caching_hash_algo"},
+    "vllm.config:CacheConfig": {
+        "own_prompts/scheduler.py": "prefix_caching_hash_algo",
+        "members.py": "sliding_window",
+        "engine_config.py": "enable_prefix_caching",
+        "kv_layout.py": "block_size mamba_block_size mamba_cache_mode mamba_page_size_padded"
+        " num_gpu_blocks_override",
+    },
     "vllm.forward_context:ForwardContext": {"model.py": "cudagraph_runtime_mode slot_mapping"},
     "vllm.renderers.online_renderer:OnlineRenderer": {
         "admission.py": "effective_chat_template_kwargs exclude_tools_when_tool_choice_none"
@@ -112,8 +120,24 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.model_executor.layers.logits_processor:LogitsProcessor": {
         "heads.py": "head_dtype scale soft_cap"
     },
-    "vllm.model_executor.layers.attention:Attention": {"members.py": "attn_backend"},
-    "vllm.v1.attention.backend:AttentionBackend": {"members.py": "get_builder_cls"},
+    "vllm.model_executor.layers.attention:Attention": {
+        "attention.py": "attn_backend impl sliding_window"
+    },
+    "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": {
+        "attention.py": "get_attn_backend"
+    },
+    "vllm.v1.attention.backend:AttentionBackend": {"attention.py": "get_builder_cls"},
+    "vllm.model_executor.custom_op:CustomOp": {"cpu_rotary.py": "_forward_method"},
+    "vllm.v1.kv_cache_interface:AttentionSpec": {
+        "kv_layout.py": "block_size max_memory_usage_bytes unpadded_page_size_bytes"
+    },
+    "vllm.v1.kv_cache_interface:SlidingWindowMLASpec": {
+        "kv_layout.py": "bounded_replay extra_retained_tokens sliding_window"
+    },
+    "vllm.v1.kv_cache_interface:ChunkedLocalAttentionSpec": {
+        "kv_layout.py": "attention_chunk_size"
+    },
+    "vllm.v1.kv_cache_interface:MambaSpec": {"kv_layout.py": "real_page_size_bytes"},
     "vllm.v1.kv_cache_interface:KVCacheConfig": {
         "worker.py": "kv_cache_groups num_blocks",
     },
@@ -122,7 +146,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "own_prompts/inputs.py": "layer_names",
     },
     "vllm.v1.kv_cache_interface:FullAttentionSpec": {
-        "worker.py": "block_size sliding_window",
+        "worker.py": "block_size",
         "members.py": "page_size_bytes",
     },
     "vllm.v1.worker.gpu_worker:Worker": {
@@ -293,7 +317,16 @@ CALLS: dict[str, dict[str, str]] = {
     "vllm.model_executor.model_loader.weight_tying:maybe_retie_word_embeddings": {
         "members.py": "/2"
     },
-    "vllm.v1.attention.backend:subclass_attention_backend": {"members.py": "/3"},
+    "vllm.v1.attention.backend:subclass_attention_backend": {"attention.py": "/3"},
+    "vllm.v1.attention.backends.utils:resolve_kv_cache_layout": {"kv_layout.py": "/3"},
+    "vllm.v1.core.kv_cache_utils:get_kv_cache_groups": {"kv_layout.py": "/2"},
+    "vllm.v1.core.kv_cache_utils:get_kv_cache_config_from_groups": {"kv_layout.py": "/3"},
+    "vllm.v1.core.kv_cache_utils:get_max_concurrency_for_kv_cache_config": {
+        "kv_layout.py": "/2",
+        "gpu_worker.py": "/2",
+    },
+    "vllm.v1.kv_cache_interface:replace_as": {"kv_layout.py": "/2 block_size drop"},
+    "vllm.transformers_utils.config:get_config": {"engine_config.py": "/5 token"},
     "vllm.compilation.backends:set_model_tag": {"members.py": "/1"},
     "vllm.model_executor.models.utils:maybe_prefix": {"model.py": "/2"},
     "vllm.model_executor.layers.logits_processor:LogitsProcessor.forward": {
@@ -391,10 +424,11 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.worker.cpu_worker:ProxyCPUWorker": "_make_model_runner init_device",
     "proxy_vllm.llm:ProxyLLM": "__init__ _add_request _beam_search_step _preprocess_chat_one"
     " _preprocess_cmpl _preprocess_cmpl_one",
-    "proxy_vllm.composite.engine_config:CompositeConfig": "verify_and_update_config",
+    "proxy_vllm.composite.engine_config:CompositeConfig": "verify_and_update_config"
+    " verify_and_update_model_config",
     "proxy_vllm.composite.model:ProxyTunedForCausalLM": "__init__ forward"
     " make_empty_intermediate_tensors",
-    "proxy_vllm.worker.model_state:ProxyModelState": "__init__ add_request apply_staged_writes"
+    "proxy_vllm.worker.model_state:_ProxyState": "__init__ add_request apply_staged_writes"
     " custom_sampler get_additional_cg_support initialize_kv_cache prepare_attn"
     " prepare_dummy_inputs prepare_inputs remove_request",
     "proxy_vllm.own_prompts.scheduler:ProxyScheduler": "__init__ _free_request add_request schedule"

@@ -123,6 +123,11 @@ def folders(tmp_path_factory) -> dict[str, str]:
         transformers.MambaConfig(vocab_size=111, hidden_size=64, num_hidden_layers=2),
         "MambaForCausalLM",
     )
+    made["latent"] = write_config(
+        root / "latent",
+        transformers.DeepseekV3Config(**SIZES, num_key_value_heads=2, n_routed_experts=4),
+        "DeepseekV3ForCausalLM",
+    )
     made["encoder"] = write_config(
         root / "encoder",
         transformers.BertConfig(**SIZES),
@@ -200,8 +205,31 @@ CASES = {
         ["expert", "short", "at most 128", "--max-model-len is 200", "--max-model-len 128 or less"],
     ),
     "short base": ({"base": "short"}, ["--max-model-len", "200"], ["base", "at most 128"]),
-    "sliding window": ({"expert": "window"}, [], ["expert", "window", "sliding", "32"]),
-    "state space": ({"expert": "mamba"}, [], ["expert", "mamba", "attention"]),
+    "latent attention beside full": (
+        {"antiexpert": "latent"},
+        [],
+        ["antiexpert", "latent'", "base", "multi-head latent attention", "blocks", "GPU"],
+    ),
+    "states and own prompts": (
+        {"expert": "mamba"},
+        ["--own-prompts"],
+        ["expert", "mamba", "states", "--own-prompts"],
+    ),
+    "states and drafts": (
+        {"expert": "mamba"},
+        ["--speculative-tokens", "2"],
+        ["expert", "mamba", "states", "--speculative-tokens"],
+    ),
+    "states and prefix caching": (
+        {"expert": "mamba"},
+        ["--enable-prefix-caching"],
+        ["--enable-prefix-caching", "expert", "mamba"],
+    ),
+    "own prompts and several tables": (
+        {},
+        ["--own-prompts", "--kv-cache-tables", "several"],
+        ["--kv-cache-tables several", "one table"],
+    ),
     "not generating": ({"antiexpert": "encoder"}, [], ["antiexpert", "encoder"]),
     "encoder-decoder": ({"antiexpert": "t5"}, [], ["antiexpert", "t5"]),
     "heads and tensor parallel": (
@@ -299,6 +327,7 @@ PASSING = {
     "tokenizers disagree, allowed": ({"antiexpert": "renamed"}, ["--allow-tokenizer-mismatch"]),
     "short member, no length asked": ({"expert": "short"}, []),
     "short member, its length asked": ({"expert": "short"}, ["--max-model-len", "128"]),
+    "a window": ({"expert": "window"}, []),
     "window cut off": ({"expert": "window"}, ["--disable-sliding-window"]),
     "more tokens in the expert": ({"expert": "128 tokens"}, []),
     "no weights, none loaded": ({"expert": "no weights"}, ["--load-format", "dummy"]),
