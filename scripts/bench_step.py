@@ -200,6 +200,48 @@ def rows_of(measured: dict[str, dict], args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def decisions(rows: list[dict]) -> dict[str, str]:
+    """What a measurement of `proxy` beside an option says about the option's default.
+
+    A batch is a gain where even a slow step (p80) with the option is faster than a fast one (p20)
+    without it, and a loss the other way round. The rule is that of docs/serving.md.
+    """
+
+    def verdicts(system: str) -> list[tuple[int, int]]:
+        found = []
+        for row in rows:
+            times = [row.get(name, {}).get("step_ms") for name in ("proxy", system)]
+            if None not in times:
+                plain, option = times
+                gain = option["p80"] < plain["p20"]
+                found.append((row["batch"], gain - (option["p20"] > plain["p80"])))
+        return sorted(found)
+
+    said = {}
+    graphs = verdicts("sampler_graphs")
+    if graphs:
+        gains = [batch for batch, verdict in graphs if verdict > 0]
+        losses = [batch for batch, verdict in graphs if verdict < 0]
+        said["--sampler-cuda-graphs"] = (
+            f"on: faster at batch {gains}, slower at none"
+            if gains and not losses
+            else f"off: faster at batch {gains}, slower at {losses}"
+        )
+    heads = verdicts("fused_head")
+    if heads:
+        most = 0
+        for batch, verdict in heads:
+            if verdict <= 0:
+                break
+            most = batch
+        said["--fused-head-max-batch"] = (
+            f"{most}: faster at every measured batch up to it"
+            if most
+            else f"0: no gain at batch {heads[0][0]}"
+        )
+    return said
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -260,6 +302,7 @@ def main() -> None:
         base, small = (write_config(root, shape) for shape in args.shapes)
         models = [base, small, small]
         measured = {s: run(measure, s, models) for s in args.systems}
+    rows = rows_of(measured, args)
     result = {
         **provenance(script_argv("bench_step.py")),
         "shapes": {"base": args.shapes[0], "expert": args.shapes[1], "antiexpert": args.shapes[1]},
@@ -270,9 +313,12 @@ def main() -> None:
             for k, v in measured.items()
         },
         "took_s": round(time.monotonic() - begun, 1),
-        "rows": rows_of(measured, args),
+        "rows": rows,
+        "decisions": decisions(rows),
     }
     print(json.dumps(result, indent=2))
+    for option, decision in result["decisions"].items():
+        print(f"decision: {option} {decision}")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
 
