@@ -67,7 +67,7 @@ async def soak(server: Server, args: argparse.Namespace, tally: Tally) -> dict[s
     rng = random.Random(args.seed)
     asks = make_asks([p.prompt for p in make_problems("test", args.questions, 0)], args.seed)
     kills: list[str] = []
-    async with Client(server.url, tally, retries=8 if args.replicas else 0) as client:
+    async with Client(server.url, tally, retries=40 if args.replicas else 0) as client:
         await client.know(asks)
         compared = await asyncio.to_thread(loop_check, asks)
         print(f"{len(asks)} requests known, {compared} as Transformers' loop", file=sys.stderr)

@@ -189,7 +189,7 @@ class Client:
                     tally.lost.append(f"{ask.kind}: {type(error).__name__} {error}")
                     return
                 tally.retried += 1
-                await asyncio.sleep(0.5 * (attempt + 1))
+                await asyncio.sleep(min(2.0, 0.5 * (attempt + 1)))
         if fault is None and ask.refused is not None:
             reason = isinstance(answer, dict) and (answer.get("error") or answer.get("message"))
             if status != ask.refused or not reason:
