@@ -100,7 +100,7 @@ def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"of lines that name none: {text}",
         )
     group.add_argument("--token-ids", action="store_true", help="add token_ids to the answers")
-    group.add_argument("--chat-template", metavar="FILE", help="for messages; default the base's")
+    group.add_argument("--chat-template", metavar="FILE", help="for messages; default the expert's")
     group.add_argument("--no-progress", action="store_true", help="show no progress bar")
     group.add_argument(
         "--replicas",

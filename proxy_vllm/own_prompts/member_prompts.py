@@ -154,8 +154,7 @@ class MemberPrompts:
         Raises:
             UserError: a message that is no text, or a template that refuses the conversation.
         """
-        from vllm.renderers.chat_utils import has_non_text_content, parse_chat_messages
-        from vllm.renderers.hf import safe_apply_chat_template
+        from vllm.renderers.chat_utils import has_non_text_content
 
         if has_non_text_content(messages):
             raise UserError("own chat templates read text only, and a message holds something else")
@@ -164,26 +163,45 @@ class MemberPrompts:
             template = self.proxy.chat_template_of(role)
             if template is None:
                 continue
-            config, tokenizer = self.configs[role], self.tokenizer(role)
             try:
-                # A copy: vLLM parses the arguments of tool calls in place.
-                conversation, _, _ = parse_chat_messages(
-                    copy.deepcopy(messages), config, content_format="string"
-                )
-                text = safe_apply_chat_template(
-                    config,
-                    tokenizer,
-                    conversation,
-                    tools=tools,
-                    chat_template=None if template == AUTO else template,
-                    tokenize=False,
-                    **template_kwargs,
-                )
+                rendered = self._render(role, template, messages, tools, template_kwargs)
             except Exception as error:
                 reason = " ".join(str(error).split())
                 raise UserError(f"the {role}'s chat template fails: {reason}") from error
-            prompts[key] = self.ids(role, text, add_special_tokens)
+            prompts[key] = self.ids(role, rendered, add_special_tokens)
         return prompts
+
+    def _render(
+        self,
+        role: str,
+        template: str,
+        messages: list[Any],
+        tools: list[dict[str, Any]] | None,
+        template_kwargs: dict[str, Any],
+    ) -> str | list[int]:
+        """A conversation as one member reads it: text, or token ids of Mistral's own tokenizer."""
+        from vllm.renderers.chat_utils import parse_chat_messages
+        from vllm.renderers.hf import safe_apply_chat_template
+        from vllm.renderers.mistral import safe_apply_chat_template as apply_mistral
+        from vllm.utils.mistral import is_mistral_tokenizer
+
+        config, tokenizer = self.configs[role], self.tokenizer(role)
+        # A copy: vLLM parses the arguments of tool calls in place.
+        messages = copy.deepcopy(messages)
+        if is_mistral_tokenizer(tokenizer):
+            if template != AUTO:
+                raise UserError("Mistral's own tokenizer reads no Jinja; name auto")
+            return apply_mistral(tokenizer, messages, tools=tools, **template_kwargs)
+        conversation, _, _ = parse_chat_messages(messages, config, content_format="string")
+        return safe_apply_chat_template(
+            config,
+            tokenizer,
+            conversation,
+            tools=tools,
+            chat_template=None if template == AUTO else template,
+            tokenize=False,
+            **template_kwargs,
+        )
 
     def add_to(
         self,
