@@ -122,7 +122,8 @@ class ExpertSpeculator(DraftModelSpeculator):
         layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
         self.draft_attn_layer_names = {name for name in layers if name.startswith("expert.")}
         self.model = self.load_draft_model(target_model, set(layers))
-        self.target_vocab_size = target_model.vocab_size
+        # Tokens that the combination can draw.
+        self.drawable = target_model.columns.named
         self.vocab_size = target_model.vocab_sizes["expert"]
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -342,7 +343,7 @@ class ExpertSpeculator(DraftModelSpeculator):
                 hidden = self.model(
                     buffers.input_ids[:num_tokens_padded], buffers.positions[:num_tokens_padded]
                 )
-            logits = self.model.compute_logits(hidden[:num_reqs])[:, : self.target_vocab_size]
+            logits = self.model.compute_logits(hidden[:num_reqs])[:, : self.drawable]
             tokens = gumbel_sample(
                 logits,
                 idx_mapping,

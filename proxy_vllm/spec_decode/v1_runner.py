@@ -103,7 +103,7 @@ class ExpertProposer(DraftModelProposer):
                 slot_mapping=self._get_slot_mapping(padded),
             ):
                 hidden = self.model(self.input_ids[:padded], self.positions[:padded])
-            logits = self.model.compute_logits(hidden[:batch])[:, : self.target.vocab_size]
+            logits = self.model.compute_logits(hidden[:batch])[:, : self.target.columns.named]
             tokens = logits.argmax(dim=-1)
             drafts.append(tokens)
         if not drafts:
