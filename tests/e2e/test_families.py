@@ -139,3 +139,31 @@ def test_family_against_three_engines(tmp_path, base, small):
 @pytest.mark.parametrize("base, small", MORE_AGAINST_VLLM)
 def test_more_families_against_three_engines(tmp_path, base, small):
     check_against_vllm(tmp_path, base, small, enable_prefix_caching=False)
+
+
+CROSSINGS = {
+    "one table": {"kv_cache_tables": "one"},
+    "several tables": {"kv_cache_tables": "several"},
+    "compiled": {"enforce_eager": False},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(RUNNER == "v2", reason="minutes each in the interpreter")
+@pytest.mark.parametrize("args", CROSSINGS.values(), ids=CROSSINGS.keys())
+@pytest.mark.parametrize("family", ["gemma3", "granite4"])
+def test_families_under_other_settings(tmp_path, family, args):
+    check(tmp_path, family, family, **args)
+
+
+@pytest.mark.skipif(RUNNER != "v2", reason="own prompts need Model Runner V2")
+def test_own_prompts_with_windows(tmp_path):
+    """Members with two windows, each reading a prompt of its own, and few blocks for them."""
+    trio = make_family_trio(tmp_path, "gemma3", "gemma3")
+    ids = prompt_ids([40, 70, 20, 70, 33, 50], seed=7)
+    prompts = [{"base": ids[i], "expert": ids[i + 1], "antiexpert": ids[i + 2]} for i in (0, 3)]
+    reference = Trio(*map(load, trio.values()))
+    want = [greedy(reference, prompt, TOKENS, 1.0)[0] for prompt in prompts]
+    with running(**trio, own_prompts=True) as llm:
+        outputs = llm.generate(prompts, greedy_params(TOKENS, proxy_alpha=1.0), use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == want
