@@ -64,7 +64,9 @@ def _head_tile(
     if HAS_CAP:
         # tanh(y) = 1 - 2 / (exp(2 y) + 1), without overflow at either end.
         logits = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * logits / soft_cap) + 1.0))
-    return logits * scale
+    # An explicit fma: a plain product may be contracted with the difference that follows, and equal
+    # members would no longer cancel.
+    return tl.fma(logits, tl.zeros_like(logits) + scale, tl.zeros_like(logits))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -167,6 +169,18 @@ def head_weight(lm_head: Any) -> torch.Tensor | None:
     return weight if weight.dim() == 2 and weight.dtype in LOGIT_DTYPES else None
 
 
+def _rows_together(num_rows: int) -> int:
+    return min(64, max(16, triton.next_power_of_2(num_rows)))
+
+
+def head_kinds(max_rows: int) -> list[int]:
+    """The smallest batch of each kind that has a compiled kernel of its own."""
+    kinds: dict[int, int] = {}
+    for rows in range(1, max_rows + 1):
+        kinds.setdefault(_rows_together(rows), rows)
+    return list(kinds.values())
+
+
 def supports(
     lm_heads: Sequence[Any],
     soft_caps: Sequence[float | None] = (None, None, None),
@@ -221,7 +235,7 @@ def fused_head_sample(
     num_cols = weights[0].shape[0]
     # Three accumulators must fit: 64 rows spill in float32, and with 4 warps in any dtype.
     short = base.element_size() == 2
-    block_b = min(64 if short else 32, max(16, triton.next_power_of_2(num_rows)))
+    block_b = min(64 if short else 32, _rows_together(num_rows))
     block_v = block_v or 128
     block_k = 64 if short else 32
     num_tiles = triton.cdiv(num_cols, block_v)

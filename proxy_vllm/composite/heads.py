@@ -178,7 +178,7 @@ class FusedHeads:
     ) -> torch.Tensor:  # [B] int64
         """One token a row; no row may have a filter."""
         tokens, scores = fused_head_sample(
-            [h.contiguous() for h in hidden],
+            hidden,
             self.weights,
             rows,
             soft_caps=self.soft_caps,

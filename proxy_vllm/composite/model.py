@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 
+# Parts of a packed row begin at multiples of this many elements. The heads' products load 16 bytes
+# at once only where every row begins at a multiple of that; Triton asks for 16 elements to know.
+_SLOT = 16
 # Rows whose logits are computed at once: a batch of generated tokens, and little memory for more.
 _LOGIT_ROWS = 1024
 
@@ -48,6 +51,11 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
     side by side, then the row's alpha as the bits of a float32. So whatever vLLM does with the rows
     of a hidden state (sampling positions, prompt log-probabilities, draft verification, gathering
     over ranks), each row keeps its own alpha.
+
+    Packing costs one write and one read of the hidden states, for 8B + 2 x 1B 16 KiB a token: under
+    a microsecond in a decode step of 64 rows at 4 TB/s, and one launch. Without it the three states
+    would have to reach the sampler beside vLLM's runner, through attributes that CUDA graphs, draft
+    verification and pipeline ranks know nothing of.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -204,19 +212,28 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
                 device=hidden[0].device,
             )
         self._widths = tuple(h.shape[-1] for h in hidden)
-        bits = alpha.contiguous()[:, None].view(self.hidden_dtype)  # [T, 1] or [T, 2]
-        return torch.cat([*(h.to(self.hidden_dtype) for h in hidden), bits], dim=-1)
+        parts = [h.to(self.hidden_dtype) for h in hidden]
+        padding = [width - h.shape[-1] for width, h in zip(self._slots(), hidden)]
+        parts = [nn.functional.pad(h, (0, n)) if n else h for n, h in zip(padding, parts)]
+        copies = _SLOT * self.hidden_dtype.itemsize // alpha.itemsize
+        bits = alpha[:, None].repeat(1, copies).view(self.hidden_dtype)
+        return torch.cat([*parts, bits], dim=-1)
+
+    def _slots(self) -> list[int]:
+        """Elements of each member's part of a packed row."""
+        return [-(-width // _SLOT) * _SLOT for width in self._widths]
 
     def unpack(
         self, packed: torch.Tensor
     ) -> tuple[list[torch.Tensor], torch.Tensor]:  # 3 x [N, d_m], [N] float32
         """Take apart rows that ``forward`` returned: hidden state of each member, alpha."""
-        *hidden, bits = packed.split([*self._widths, packed.shape[-1] - sum(self._widths)], dim=-1)
+        slots = self._slots()
+        *hidden, bits = packed.split([*slots, packed.shape[-1] - sum(slots)], dim=-1)
         hidden = [
-            h.to(self.member_configs[role].model_config.dtype) for role, h in zip(ROLES, hidden)
+            h[:, :width].to(self.member_configs[role].model_config.dtype)
+            for role, h, width in zip(ROLES, hidden, self._widths)
         ]
-        # A copy, so that its start is aligned for float32 whatever the widths before it.
-        return hidden, bits.clone(memory_format=torch.contiguous_format).view(torch.float32)[:, 0]
+        return hidden, bits.view(torch.float32)[:, 0].contiguous()
 
     def _columns(self) -> Columns:
         """Which of the base's tokens the formula covers."""
@@ -338,7 +355,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         """Width of ``forward``'s output; 0 until it has run."""
         if not self._widths:
             return 0
-        return sum(self._widths) + torch.float32.itemsize // self.hidden_dtype.itemsize
+        return sum(self._slots()) + _SLOT
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the base from ``weights`` and the small members from their own checkpoints."""

@@ -17,7 +17,8 @@ from vllm.v1.worker.gpu.structured_outputs import grammar_invalid_drafts
 
 from proxy_vllm.config import ProxyConfig
 from proxy_vllm.kernels.combine_sample import batch_kinds
-from proxy_vllm.kernels.row_parameters import RowParameters
+from proxy_vllm.kernels.fused_head import head_kinds
+from proxy_vllm.kernels.row_parameters import FILTERS, RowParameters
 from proxy_vllm.spec_decode.speculator import ExpertSpeculator
 from proxy_vllm.spec_decode.verification import DraftVerifier
 from proxy_vllm.worker.sampler import (
@@ -60,13 +61,43 @@ class ProxyModelRunner(GPUModelRunner):
             return
         heads, buffers = model.sharded_heads, sampler.row_buffers
         most = self.max_num_reqs * self.decode_query_len
+
+        def zeros(count: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+            shape = (count, model.packed_width)
+            return model.unpack(torch.zeros(shape, dtype=model.hidden_dtype, device=self.device))
+
         for count in batch_kinds(most, heads.width if heads else model.vocab_size):
-            packed = torch.zeros(
-                (count, model.packed_width), dtype=model.hidden_dtype, device=self.device
-            )
-            hidden, alpha = model.unpack(packed)
+            hidden, alpha = zeros(count)
+            logits = model.logits_for_sampling(hidden)
+            # The other mixes of filters launch some of the same kernels.
             for filters in ((), ("top_p",), ("top_k", "top_p")):
-                self.draw(hidden, buffers.rows(alpha, frozenset(filters)))
+                sampler.draw(logits, buffers.rows(alpha, frozenset(filters)))
+            # Chosen rows lie closer together than vLLM's logits, which are padded.
+            model.combine(logits, alpha)
+            model.combine(logits, alpha, torch.arange(count, device=self.device))
+        if model.fused_heads is not None:
+            for count in head_kinds(min(most, model.proxy_config.fused_head_max_batch)):
+                hidden, alpha = zeros(count)
+                self.draw(hidden, buffers.rows(alpha, frozenset()))
+
+    @torch.inference_mode()
+    def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
+        """The most memory that sampling takes, for vLLM's profile: both paths in one batch.
+
+        Every row is drawn with filters, and all but the logits of that is freed; then the rows that
+        need their distribution, here all of them, are picked, combined and sampled beside it.
+        """
+        sampler = self.sampler
+        if not isinstance(sampler, ProxySampler) or not sampler.fusable:
+            super()._dummy_sampler_run(hidden_states)
+            return
+        count = hidden_states.shape[0]
+        hidden, alpha = self.model.unpack(hidden_states)
+        logits = self.model.logits_for_sampling(hidden)
+        sampler.draw(logits, sampler.row_buffers.rows(alpha, frozenset(FILTERS)))
+        rows = torch.arange(count, device=self.device)
+        combined = self.model.combine(logits, alpha, rows)
+        sampler(combined, InputBatch.make_dummy(count, count, self.input_buffers))
 
     def draw(
         self,

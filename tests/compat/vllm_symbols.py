@@ -433,7 +433,7 @@ OVERRIDES: dict[str, str] = {
     " prepare_dummy_inputs prepare_inputs remove_request",
     "proxy_vllm.own_prompts.scheduler:ProxyScheduler": "__init__ _free_request add_request schedule"
     " update_from_output",
-    "proxy_vllm.worker.model_runner:ProxyModelRunner": "__init__ capture_model"
+    "proxy_vllm.worker.model_runner:ProxyModelRunner": "__init__ _dummy_sampler_run capture_model"
     " gather_batch_req_state sample shutdown",
     "proxy_vllm.worker.sampler:ProxySampler": "__init__ add_request",
     "proxy_vllm.server.ray_serve:_Parser": "error",

@@ -71,6 +71,13 @@ def fused_head_rows(worker) -> list[int]:
     return rows
 
 
+def profile_sampling(worker) -> None:
+    """What vLLM's memory profile does after its run of the model."""
+    runner = worker.model_runner
+    width, dtype = runner.model.packed_width, runner.model.hidden_dtype
+    runner._dummy_sampler_run(torch.zeros(3, width, dtype=dtype, device=runner.device))
+
+
 def share_out_over_gloo(worker) -> bool:
     """Whether the batch is shared out; vLLM's own way between CPU workers carries no token ids."""
     from vllm.distributed import get_tp_group
@@ -84,6 +91,7 @@ def test_mixed_batch_equals_reference(trio, expected):
         assert tokens_of(generate(llm, ALL)) == expected
         # As a GPU engine does before the first request; here it only has to leave no trace.
         llm.collective_rpc(lambda worker: worker.model_runner.warm_up_sampler())
+        llm.collective_rpc(profile_sampling)
         assert tokens_of(generate(llm, [0, 4])) == [expected[0], expected[4]]
 
 

@@ -89,3 +89,20 @@ def test_a_member_reads_its_ids_at_one_address(composite):
         composite(ids, torch.arange(TOKENS), alpha=torch.ones(TOKENS))
     assert composite.base.addresses == [ids.data_ptr() for ids in batches]
     assert len(set(composite.expert.addresses)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_rows_are_aligned(composite, dtype):
+    """Whatever the members' widths, each part of each row begins at a multiple of 16 elements."""
+    composite.hidden_dtype = dtype
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=dtype))
+    composite.member_configs = dict.fromkeys(ROLES, config)
+    hidden = [torch.randn(5, width).to(dtype) for width in (48, 7, 33)]
+    alpha = torch.tensor([0.0, 1.5, -2.25, 1e-30, 3.1])
+    packed = composite._pack(hidden, alpha)
+    assert packed.shape == (5, composite.packed_width) and packed.shape[1] % 16 == 0
+    parts, alphas = composite.unpack(packed[[4, 0]])
+    assert alphas.is_contiguous() and torch.equal(alphas, alpha[[4, 0]])
+    for part, whole in zip(parts, hidden, strict=True):
+        assert torch.equal(part, whole[[4, 0]])
+        assert part.storage_offset() % 16 == 0 and part.stride(0) % 16 == 0
