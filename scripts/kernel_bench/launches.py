@@ -4,20 +4,24 @@
 |---|---|
 | `eager+vllm` | PyTorch combines in float32, vLLM's sampler filters and draws |
 | `eager+flashinfer` | the same, FlashInfer filters and draws (statistically equal, own noise) |
-| `proxy` | `combine_sample.proxy_sample` |
+| `proxy` | `combine_sample.proxy_sample`, after the launch that gathers the rows' parameters |
 | `heads+proxy` | three matrix products store logits, then `proxy` |
 | `fused_head` | `fused_head.fused_head_sample`, no logits in memory |
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import torch
+from vllm.v1.worker.gpu.sample.states import SamplingStates
 
 from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.fused_head import fused_head_sample
 from proxy_vllm.kernels.row_parameters import RowParameters
+from proxy_vllm.worker.row_buffers import RowBuffers
 
 
 @dataclass
@@ -28,6 +32,30 @@ class SamplerInputs:
     logits: tuple[torch.Tensor, ...] = ()  # 3 x [B, V]
     hidden: tuple[torch.Tensor, ...] = ()  # 3 x [B, d_m]
     weights: tuple[torch.Tensor, ...] = ()  # 3 x [V, d_m]
+
+    @cached_property
+    def _engine(self) -> tuple[RowBuffers, SimpleNamespace, SamplingStates]:
+        """The rows' parameters where an engine has them: by request slot, in host memory."""
+        rows, device = self.rows, self.rows.alpha.device
+        slots = torch.arange(len(rows.alpha), device=device)
+        vocab = (self.logits or [w.T for w in self.weights])[0].shape[1]
+        states = SamplingStates(len(slots), vocab)
+        for name in ("temperature", "seeds", *rows.used):
+            vector = getattr(rows, name)
+            if vector is not None:
+                getattr(states, name).np[:] = vector.cpu().numpy()
+        states.apply_staged_writes()
+        batch = SimpleNamespace(
+            expanded_idx_mapping=slots, logits_indices=slots, positions=rows.positions
+        )
+        return RowBuffers(len(slots), device), batch, states
+
+    def gathered(self) -> RowParameters:
+        """What one launch a step makes of them for the kernels."""
+        buffers, batch, states = self._engine
+        buffers.gather(batch, states)
+        used = self.rows.used if self.rows.filtered else frozenset()
+        return buffers.rows(self.rows.alpha, used)
 
 
 @dataclass(frozen=True)
@@ -115,16 +143,16 @@ def _eager_flashinfer(inputs: SamplerInputs) -> torch.Tensor:
 
 
 def _proxy(inputs: SamplerInputs) -> torch.Tensor:
-    return proxy_sample(*inputs.logits, inputs.rows)
+    return proxy_sample(*inputs.logits, inputs.gathered())
 
 
 def _heads_proxy(inputs: SamplerInputs) -> torch.Tensor:
     logits = [h @ w.T for h, w in zip(inputs.hidden, inputs.weights)]
-    return proxy_sample(*logits, inputs.rows)
+    return proxy_sample(*logits, inputs.gathered())
 
 
 def _fused_head(inputs: SamplerInputs) -> torch.Tensor:
-    return fused_head_sample(inputs.hidden, inputs.weights, inputs.rows)[0]
+    return fused_head_sample(inputs.hidden, inputs.weights, inputs.gathered())[0]
 
 
 PROVIDERS = {

@@ -72,6 +72,7 @@ def _run_all(quick: bool) -> None:
     import torch
 
     from proxy_vllm.kernels import combine_sample, fused_head
+    from proxy_vllm.kernels.columns import Columns
     from proxy_vllm.kernels.row_parameters import RowParameters
     from proxy_vllm.kernels.sharded import Exchange, ShardedSampler
 
@@ -95,7 +96,7 @@ def _run_all(quick: bool) -> None:
                 combine_sample.proxy_sample(*logits, parameters(rows, filtered))
             combine_sample.proxy_combine(*logits, empty(rows))
             ShardedSampler(Exchange()).sample(
-                *logits, parameters(rows, True), vocab_start=0, vocab_size=vocab
+                *logits, parameters(rows, True), columns=Columns.of(*logits)
             )
             hidden = [empty(rows, d, dtype=dtype) for d in (4096, 2048, 2048)]
             weights = [empty(1024, h.shape[1], dtype=dtype) for h in hidden]
