@@ -144,6 +144,8 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
     name_base(args, proxy)
     engine = EngineArgs.from_cli_args(args)
     own = {field.name: getattr(proxy, field.name) for field in dataclasses.fields(proxy)}
+    for found_at_start in ("named_tokens", "unnamed_tokens"):
+        del own[found_at_start]
     if (remote := own.pop("remote_base")) is not None:
         more = dataclasses.asdict(remote)
         own["base_url"], own["base_model"] = more.pop("url"), more.pop("model")

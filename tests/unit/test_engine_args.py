@@ -107,3 +107,21 @@ def test_a_cpus_memory_is_shared_among_all_ranks_of_all_engines(monkeypatch, siz
         assert out["kv_cache_memory_bytes"] == available // 4 // ranks
     assert cpu_kv_cache({**sizes, "kv_cache_memory_bytes": 5}, engines) == {}
     assert cpu_kv_cache({**sizes, "gpu_memory_utilization": 0.5}, engines) == {}
+
+
+def test_generate_passes_no_argument_that_the_class_lacks():
+    import dataclasses
+    import inspect
+
+    from vllm import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from proxy_vllm import ProxyLLM
+    from proxy_vllm.cli.generate import cmd_init, llm_arguments
+
+    parser = FlexibleArgumentParser()
+    cmd_init()[0].subparser_init(parser.add_subparsers(dest="subparser"))
+    args = ["generate", "B", "--expert", "E", "--antiexpert", "A", "-i", "in", "-o", "out"]
+    known = {*inspect.signature(ProxyLLM.__init__).parameters, "chat_template"}
+    known |= {field.name for field in dataclasses.fields(EngineArgs)}
+    assert llm_arguments(parser.parse_args(args)).keys() - known == set()
