@@ -8,9 +8,9 @@ included; Ray gives it a GPU a rank. Ray's `ray.serve.llm` takes the trio too, b
 passes our admission by: it answers an alpha that cannot run with status 200 and another alpha.
 """
 
+import asyncio
 import os
 import shlex
-import types
 from argparse import Namespace
 from typing import Any, NoReturn
 
@@ -57,7 +57,22 @@ def parse(options: str) -> Namespace:
     return args
 
 
-@serve.deployment(max_ongoing_requests=1024, graceful_shutdown_timeout_s=DRAIN_SECONDS)
+class _EndOfReplica:
+    """Stands for vLLM's HTTP server, which vLLM tells to end when its engine has died.
+
+    Here the process ends, once the requests that met the death have their answers. Ray then sends
+    no more to it and starts another. Until a health check had failed three times, Ray would prefer
+    such a replica: nothing else answers as fast as an error.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "should_exit" and value:
+            asyncio.get_running_loop().call_later(0.5, os._exit, 1)
+
+
+@serve.deployment(
+    max_ongoing_requests=1024, graceful_shutdown_timeout_s=DRAIN_SECONDS, health_check_period_s=2
+)
 @serve.ingress()
 class ProxyServer:
     """One engine, and vLLM's OpenAI application before it."""
@@ -71,8 +86,7 @@ class ProxyServer:
         tasks = await self.engine.get_supported_tasks()
         self._app = build_app(args, tasks, self.engine.model_config)
         await init_app_state(self.engine, self._app.state, args, tasks)
-        # When an engine dies, vLLM tells its own HTTP server to end; here the health check does.
-        self._app.state.server = types.SimpleNamespace()
+        self._app.state.server = _EndOfReplica()
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app

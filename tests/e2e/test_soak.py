@@ -14,10 +14,13 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 @pytest.mark.slow
-def test_500_requests(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--replicas"]], ids=["server", "replicas"])
+def test_500_requests(tmp_path, options):
+    if options:
+        pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
     out = tmp_path / "soak.json"
     command = [sys.executable, str(SCRIPTS / "soak.py"), "--requests", "500", "--questions", "6"]
-    command += ["--sample-seconds", "2", "--json", str(out)]
+    command += ["--sample-seconds", "2", "--json", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
@@ -26,7 +29,10 @@ def test_500_requests(tmp_path):
     kinds = {"greedy", "stream", "seeded", "logprobs", "grammar", "chat", "tool", "several"}
     assert kinds <= set(tally["answered"]) and tally["refused"]["bad"]
     assert sum(tally["hung_up"].values()) > 50
-    assert result["server_at_rest"]["vllm:num_preemptions"] > 0
+    if not options:
+        assert result["server_at_rest"]["vllm:num_preemptions"] > 0
+    else:
+        assert len(result["killed"]) == 2
 
 
 def ask_once(ask: Ask, answer: tuple[int, dict, str | None]) -> Tally:
