@@ -118,10 +118,12 @@ def test_generate_passes_no_argument_that_the_class_lacks():
 
     from proxy_vllm import ProxyLLM
     from proxy_vllm.cli.generate import cmd_init, llm_arguments
+    from proxy_vllm.demo import model_path
 
     parser = FlexibleArgumentParser()
     cmd_init()[0].subparser_init(parser.add_subparsers(dest="subparser"))
-    args = ["generate", "B", "--expert", "E", "--antiexpert", "A", "-i", "in", "-o", "out"]
+    base, expert, antiexpert = (str(model_path(r)) for r in ("base", "expert", "antiexpert"))
+    args = ["generate", base, "--expert", expert, "--antiexpert", antiexpert, "-i", "in", "-o", "x"]
     known = {*inspect.signature(ProxyLLM.__init__).parameters, "chat_template"}
     known |= {field.name for field in dataclasses.fields(EngineArgs)}
     assert llm_arguments(parser.parse_args(args)).keys() - known == set()
