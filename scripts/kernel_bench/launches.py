@@ -14,14 +14,25 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from vllm.v1.worker.gpu.sample.states import SamplingStates
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.fused_head import fused_head_sample
 from proxy_vllm.kernels.row_parameters import RowParameters
 from proxy_vllm.worker.row_buffers import RowBuffers
+
+
+def _in_host_memory(vector: torch.Tensor) -> Any:
+    """As vLLM keeps a request's parameters: read by the device over the bus, where there is one."""
+    if not vector.is_cuda:
+        return SimpleNamespace(gpu=vector)
+    held = UvaBackedTensor(len(vector), dtype=vector.dtype)
+    held.np[:] = vector.cpu().numpy()
+    held.copy_to_uva()
+    return held
 
 
 @dataclass
@@ -34,17 +45,14 @@ class SamplerInputs:
     weights: tuple[torch.Tensor, ...] = ()  # 3 x [V, d_m]
 
     @cached_property
-    def _engine(self) -> tuple[RowBuffers, SimpleNamespace, SamplingStates]:
+    def _engine(self) -> tuple[RowBuffers, SimpleNamespace, SimpleNamespace]:
         """The rows' parameters where an engine has them: by request slot, in host memory."""
         rows, device = self.rows, self.rows.alpha.device
         slots = torch.arange(len(rows.alpha), device=device)
-        vocab = (self.logits or [w.T for w in self.weights])[0].shape[1]
-        states = SamplingStates(len(slots), vocab)
-        for name in ("temperature", "seeds", *rows.used):
-            vector = getattr(rows, name)
-            if vector is not None:
-                getattr(states, name).np[:] = vector.cpu().numpy()
-        states.apply_staged_writes()
+        off = {"top_k": slots.int() * 0, "top_p": rows.alpha * 0 + 1, "min_p": rows.alpha * 0}
+        used = {name: getattr(rows, name) for name in rows.used if getattr(rows, name) is not None}
+        vectors = {"temperature": rows.temperature, "seeds": rows.seeds, **off, **used}
+        states = SimpleNamespace(**{name: _in_host_memory(v) for name, v in vectors.items()})
         batch = SimpleNamespace(
             expanded_idx_mapping=slots, logits_indices=slots, positions=rows.positions
         )
