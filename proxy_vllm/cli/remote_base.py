@@ -52,7 +52,7 @@ def add_remote_base_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that the expert writes ahead and the base scores in one trip (default: 0)",
     )
     group.add_argument(
-        "--base-concurrency", type=int, metavar="N", help="calls at once (default: 32)"
+        "--base-concurrency", type=int, metavar="N", help="trips at once (default: 32)"
     )
     group.add_argument(
         "--base-timeout", type=float, metavar="S", help="seconds without an answer (default: 60)"

@@ -54,7 +54,9 @@ class Endpoint:
             timeout=settings.timeout,
             max_retries=settings.retries,
         )
-        self._slots = asyncio.Semaphore(settings.concurrency)
+        # Held by a trip and not by a call: a stream is still open while its row is asked about, and
+        # streams that wait for each other's slots would wait for ever.
+        self.trips = asyncio.Semaphore(settings.concurrency)
 
     @property
     def continues(self) -> bool:
@@ -314,18 +316,15 @@ class _Call:
         self.endpoint, self.usage = endpoint, usage
 
     async def __aenter__(self) -> None:
-        await self.endpoint._slots.acquire()
         try:
             self.endpoint.guard.check()
         except BaseUnavailable as error:
-            self.endpoint._slots.release()
             raise self.endpoint._error(str(error)) from None
         self.usage.calls += 1
         self.endpoint.guard.usage.calls += 1
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         endpoint = self.endpoint
-        endpoint._slots.release()
         if error is None or isinstance(error, (GeneratorExit, asyncio.CancelledError)):
             endpoint.guard.succeeded()
         elif isinstance(error, (openai.OpenAIError, json.JSONDecodeError, OSError)) or (

@@ -25,7 +25,7 @@ class RemoteBase:
         max_questions: extra questions for one token in ``exact`` mode.
         drafts: tokens that the expert writes ahead and the base scores in the same trip; fewer
             trips, more prompt tokens. 0 is off.
-        concurrency: calls at once.
+        concurrency: trips at once: a stream, and the questions about its tokens.
         timeout: seconds without an answer after which a call is tried again.
         retries: of a call that failed; ``Retry-After`` is heeded.
         max_calls, max_cost: limits of this process; the cost in dollars, by ``price``.

@@ -90,7 +90,10 @@ class Steering:
         while len(output) < max_tokens:
             before = len(output)
             self.usage.trips += 1
-            async with aclosing(self._one_trip(output, max_tokens)) as trip:
+            async with (
+                self.endpoint.trips,
+                aclosing(self._one_trip(output, max_tokens)) as trip,
+            ):
                 async for choice in trip:
                     output.append(choice.token)
                     self.usage.tokens += 1

@@ -1,6 +1,7 @@
 """Requests against an endpoint whose whole distribution the test knows; no engine."""
 
 import asyncio
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -89,7 +90,6 @@ def test_exact_mode_is_exact(k):
         corrections = sum(a != b for a, b in zip(output[:11], own))
         assert steering.usage.trips == corrections + 1
     assert questions > 0 if k < 20 else True
-    assert base.closed_early > 0
     assert base.keys == {f"Bearer {KEY}"}
     assert endpoint.guard.usage.calls == sum(base.calls.values())
 
@@ -114,6 +114,30 @@ def test_top_k_mode_certifies_nothing_wrong_and_bounds_the_mass(k):
             output.append(choice.token)
         assert steering.usage.questions == 0
     assert certified > 0
+
+
+def test_an_answer_that_is_not_wanted_any_more_closes_the_stream():
+    base = FakeBase()
+
+    async def run(url: str) -> None:
+        endpoint = Endpoint(settings(url, mode="top-k"), base.tokenizer, VOCAB)
+        await endpoint.probe()
+
+        async def pair(ids):
+            return np.zeros(VOCAB)  # never overrules the base
+
+        steering = Steering(endpoint, pair, None, GREEDY, PROMPT, VOCAB, seed=0)
+        choices = steering.choices(100_000)
+        await anext(choices)
+        await choices.aclose()
+        deadline = time.monotonic() + 20
+        while not base.closed_early and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        await endpoint.close()
+
+    with serving(base) as url:
+        asyncio.run(run(url))
+    assert base.closed_early == 1
 
 
 def test_full_vocabulary_is_exact_without_questions():
@@ -198,6 +222,15 @@ def test_calls_that_fail_are_tried_again(faults):
     base = FakeBase([None, None, *faults])  # the first two calls are the check at the start
     ((choices, _),), _ = answer(base, GREEDY, 6, timeout=1.0)
     assert [c.token for c in choices] == truth(GREEDY, 6)
+
+
+@pytest.mark.timeout(60)
+def test_more_conversations_than_trips_at_once():
+    """Each has a stream open while it asks about a token."""
+    prompts = [[i, i + 1] for i in range(8)]
+    answers, _ = answer(FakeBase(), GREEDY, 8, prompts, concurrency=2, top_logprobs=1)
+    for prompt, (choices, _) in zip(prompts, answers):
+        assert [c.token for c in choices] == truth(GREEDY, 8, prompt)
 
 
 def test_a_stream_that_breaks_off_goes_on():
