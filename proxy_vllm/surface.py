@@ -273,7 +273,7 @@ class _Surface:
         own, base = self.expert.names, self.base.names
         if past := [index for index in own if index >= self.vocab_size]:
             return f"has {self.expert.named(min(past))} past the base's vocabulary"
-        if self.conflicts or self.proxy.tokenizer_map.get("expert"):
+        if self.conflicts or self.expert.moves:
             return "gives ids to other tokens"
         missing = [
             index

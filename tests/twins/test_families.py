@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from vllm import SamplingParams
 
 from twins import ANSWER, FAMILIES, THOUGHT, write_twins
+from twins.distilled import R1, same_ids
 
 QUESTION = [{"role": "user", "content": "Hello, how are you today?"}]
 TALK = [
@@ -82,3 +83,17 @@ def test_chats_stops_and_shows_the_expert(name, tmp_path, told):
     for token in family.ends:
         assert f"{token!r} ({tokenizer.convert_tokens_to_ids(token)}) of expert" in line
     assert shown.eos_token in family.ends
+
+
+def test_a_distilled_expert_with_a_map(tmp_path, told):
+    """Tokens that have other names there: the map says so, and the expert's names are met."""
+    folders = write_twins(R1, tmp_path)
+    with running(**folders, tokenizer_map={"expert": same_ids(folders)}) as llm:
+        (output,) = llm.chat(QUESTION, use_tqdm=False)
+    chat = output.outputs[0]
+    assert (chat.text, chat.finish_reason) == (ANSWER, "stop")
+    tokenizer = AutoTokenizer.from_pretrained(folders["expert"])
+    assert chat.token_ids[-1] == tokenizer.convert_tokens_to_ids(R1.ends[0])
+    first = tokenizer.convert_ids_to_tokens(output.prompt_token_ids[:2])
+    assert first == ["<｜begin▁of▁sentence｜>", "<｜User｜>"]
+    assert any("Users meet the expert's tokenizer" in line for line in told)

@@ -13,8 +13,9 @@ from proxy_vllm.errors import UserError
 from proxy_vllm.validate import member_configs
 from twins import FAMILIES, Surface, write_twins
 from twins.byte_level import LLAMA30_TOKENS, LLAMA31_TOKENS
+from twins.distilled import DISTILLED, R1, same_ids
 
-QWEN, LLAMA = FAMILIES["qwen2.5"], FAMILIES["llama-3.1"]
+LLAMA = FAMILIES["llama-3.1"]
 
 
 def surface(of: Surface, **changes) -> Surface:
@@ -23,32 +24,6 @@ def surface(of: Surface, **changes) -> Surface:
 
 def names(old: tuple[str, ...], new: tuple[str, ...]) -> dict[str, str]:
     return {a: b for a, b in zip(old, new) if a != b}
-
-
-# DeepSeek-R1-Distill-Qwen gave other names to the first special tokens of Qwen 2.5.
-DISTILLED = {
-    "<|endoftext|>": "<｜end▁of▁sentence｜>",
-    "<|im_start|>": "<｜User｜>",
-    "<|im_end|>": "<｜Assistant｜>",
-    "<|object_ref_start|>": "<｜begin▁of▁sentence｜>",
-    "<|object_ref_end|>": "<|EOT|>",
-    "<|box_start|>": "<think>",
-    "<|box_end|>": "</think>",
-}
-_R1 = "<｜end▁of▁sentence｜>"
-R1 = dataclasses.replace(
-    QWEN,
-    tuned=surface(
-        QWEN.tuned,
-        renamed=DISTILLED,
-        config={"bos_token_id": _R1, "eos_token_id": _R1},
-        generation={"eos_token_id": _R1},
-        tokenizer={"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": _R1, "pad_token": _R1},
-        template="{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m['content'] }}"
-        "{% endfor %}{{ '<｜Assistant｜>' }}",
-    ),
-    ends=(_R1,),
-)
 
 
 def configs(folders: dict[str, str], **own):
@@ -144,19 +119,12 @@ def test_a_distilled_family_needs_a_map(tmp_path):
     line = refused(folders)
     assert f"disagree on {len(DISTILLED)} token ids" in line and "--tokenizer-map" in line
     assert "'<|im_start|>' / '<｜User｜>'" in line
-    tokenizer = json.loads((Path(folders["model"]) / "tokenizer.json").read_text())
-    ids = {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
-    same = {ids[token]: ids[token] for token in DISTILLED}
+    same = same_ids(folders)
     check(folders, tokenizer_map={"expert": same})
-    same.pop(ids["<|im_end|>"])
+    left_out = same.popitem()[0]
     assert "disagree on 1 token ids" in refused(folders, tokenizer_map={"expert": same})
-    check(
-        folders,
-        tokenizer_map={
-            "expert": {str(m): b for m, b in same.items()}
-            | {str(ids["<|im_end|>"]): ids["<|im_end|>"]}
-        },
-    )
+    as_json = {str(index): index for index in [*same, left_out]}
+    check(folders, tokenizer_map={"expert": as_json})
 
 
 def test_maps_that_cannot_be(tmp_path):
