@@ -142,6 +142,8 @@ def test_more_families_against_three_engines(tmp_path, base, small):
 
 
 CROSSINGS = {
+    "few blocks": {"num_gpu_blocks_override": 40, "max_model_len": 128},
+    "two ranks by tensors": {"tensor_parallel_size": 2},
     "one table": {"kv_cache_tables": "one"},
     "several tables": {"kv_cache_tables": "several"},
     "compiled": {"enforce_eager": False},
@@ -152,8 +154,17 @@ CROSSINGS = {
 @pytest.mark.skipif(RUNNER == "v2", reason="minutes each in the interpreter")
 @pytest.mark.parametrize("args", CROSSINGS.values(), ids=CROSSINGS.keys())
 @pytest.mark.parametrize("family", ["gemma3", "granite4"])
-def test_families_under_other_settings(tmp_path, family, args):
+def test_families_under_other_settings(tmp_path, family, args, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # for two workers on one memory node
     check(tmp_path, family, family, **args)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(RUNNER == "v2", reason="minutes each in the interpreter")
+def test_windows_over_two_ranks_by_layers(tmp_path, monkeypatch):
+    """vLLM (0.32.0) does not load Granite 4 so."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    check(tmp_path, "gemma3", "gemma3", pipeline_parallel_size=2)
 
 
 @pytest.mark.skipif(RUNNER != "v2", reason="own prompts need Model Runner V2")
