@@ -14,6 +14,7 @@ from proxy_vllm.config import (
 )
 from proxy_vllm.envs import cpu_runner
 from proxy_vllm.errors import UserError
+from proxy_vllm.lifetime import mark_children
 from proxy_vllm.own_prompts.prompts import SCHEDULER
 
 _CPU_KV_CACHE_CAP = 4 << 30
@@ -127,6 +128,7 @@ def apply_to_engine_args(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str
         raise UserError(f"--sampler-cuda-graphs: {excluded}")
     if on_cpu:
         cpu_runner()  # says now, and not in a worker, that the variable is wrong
+    mark_children()
     return {**out, **cpu_kv_cache(out)}
 
 

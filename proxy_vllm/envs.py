@@ -7,6 +7,8 @@
 ``PROXY_VLLM_BASE_API_KEY``
     The key of a base that lives elsewhere (``--base-url``). Never an argument, so that it stands in
     no list of processes and in no log.
+``PROXY_VLLM_ENDS_WITH_PARENT``
+    Set by proxy_vllm itself, for the processes of its engines: see ``proxy_vllm.lifetime``.
 """
 
 import os
@@ -17,6 +19,7 @@ from proxy_vllm.errors import UserError
 
 CPU_RUNNER = "PROXY_VLLM_CPU_RUNNER"
 BASE_API_KEY = "PROXY_VLLM_BASE_API_KEY"
+ENDS_WITH_PARENT = "PROXY_VLLM_ENDS_WITH_PARENT"
 
 # Holds a distribution that declares the Triton backend `cpu`, which vLLM asks for before it uses
 # Triton on a CPU. It must be visible when `triton` is imported, in worker processes too, and must

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from engines import SMALL, prompt_ids, running
@@ -167,10 +168,14 @@ def test_a_killed_run_and_its_resumption_equal_an_uninterrupted_one(trio, tmp_pa
             assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
             assert time.monotonic() < deadline, "the command wrote nothing"
             time.sleep(0.01)
+        of_the_engine = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
     finally:
         process.kill()
         process.wait()
+    # Nobody told the engine to end, and it holds no memory that the resumed run needs.
+    assert len(of_the_engine) >= 2
+    assert psutil.wait_procs(of_the_engine, timeout=30)[1] == []
     kept = target.read_bytes().count(b"\n")
     assert 3 <= kept < len(lines), "the kill came too late to show anything"
     with target.open("ab") as file:
