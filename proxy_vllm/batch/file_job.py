@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from proxy_vllm.batch.generator import BatchGenerator, Item, Result, engine_is_dead
 from proxy_vllm.batch.jsonl import ResultFile, count_lines, only_new, open_input, read_jsonl
+from proxy_vllm.batch.request import LineOptions, parse_request
 from proxy_vllm.batch.settings import SettingsFile
+from proxy_vllm.config import ProxyConfig
 from proxy_vllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,25 +93,25 @@ class FileJob:
     Args:
         source: JSONL file, or ``-`` for standard input.
         target: JSONL file, or ``-`` for standard output.
-        defaults: fields of ``SamplingParams`` for lines that do not set them.
+        lines: how lines are read and answered.
+        proxy: of the engine to come; with it the first line is checked before that starts.
         settings: what the answers depend on (``settings.settings_of``), kept beside ``target``.
         resume: keep the answers that ``target`` holds, and add those that are missing; only where
             they were made with the same settings.
         overwrite: replace what ``target`` holds.
         skip_errors: leave lines out that cannot be answered, and name them with their reason in
             ``TARGET.errors.jsonl``; otherwise the first of them ends the job.
-        token_ids: put ``token_ids`` into the answers.
         show_progress: draw a bar if standard error is a terminal.
     """
 
     source: str
     target: str
-    defaults: dict[str, Any] = field(default_factory=dict)
+    lines: LineOptions = field(default_factory=LineOptions)
+    proxy: ProxyConfig | None = None
     settings: dict[str, str] = field(default_factory=dict)
     resume: bool = False
     overwrite: bool = False
     skip_errors: bool = False
-    token_ids: bool = False
     show_progress: bool = True
 
     def run(self, make_llm: "Callable[[], ProxyLLM]") -> int:
@@ -155,11 +157,16 @@ class FileJob:
         interrupts: Interrupts,
     ) -> int:
         items = only_new(self._lines(stream), results.done)
-        if self.resume:
-            first = next(items, None)
-            if first is None:
-                return 0
-            items = itertools.chain([first], items)
+        bad_lines = _BadLines(self)
+        first, items = self._up_to_a_good_line(items)
+        if not first or isinstance(first[-1][1], UserError):  # there is nothing to answer
+            if not self.resume:
+                results.open()
+            with contextlib.closing(bad_lines):
+                for number, error in first:
+                    bad_lines.add(Result(number, None, error=str(error)))
+                return bad_lines.status()
+        items = itertools.chain(first, items)
         is_file = stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
         total = count_lines(Path(self.source)) if is_file and self.source != "-" else None
         if self.target == "-":
@@ -169,13 +176,11 @@ class FileJob:
             results.open()  # after: a model that does not load costs no earlier answers
             if results.is_regular and not results.done:
                 SettingsFile(self.target, self.settings).write()
-        bad_lines = _BadLines(self)
         progress = Progress(total, self.show_progress)
         try:
             generator = BatchGenerator(
                 llm,
-                self.defaults,
-                token_ids=self.token_ids,
+                self.lines,
                 stop_on_error=not self.skip_errors,
             )
             for result in generator.run(items, background=not is_file):
@@ -206,12 +211,37 @@ class FileJob:
             yield from read_jsonl(stream)
         except OSError as error:
             raise UserError(f"{self.shown}: cannot read on ({error.strerror or error})") from None
+        except UserError as error:
+            raise UserError(f"{self.shown}: {error}") from None
+
+    def _up_to_a_good_line(self, items: Iterator[Item]) -> tuple[list[Item], Iterator[Item]]:
+        """Lines up to the first that can be read, and the rest: what is wrong with a whole file
+        shall be said before an engine starts.
+        """
+        first: list[Item] = []
+        for number, data in items:
+            try:
+                if isinstance(data, UserError):
+                    raise data
+                if self.proxy is not None:
+                    parse_request(number, data, self.proxy, self.lines)
+                first.append((number, data))
+                break
+            except UserError as error:
+                if not self.skip_errors:
+                    raise UserError(f"{self.shown}:{number}: {error}") from None
+                first.append((number, error))
+        return first, items
 
     def _refuse_same_file(self) -> None:
         if "-" not in (self.source, self.target):
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samefile(self.source, self.target):
                     raise UserError(f"{self.target} is the input: name another output")
+
+
+def print_error(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 class _BadLines:
@@ -228,17 +258,18 @@ class _BadLines:
             Path(name).unlink(missing_ok=True)
             self._file = ResultFile(name)
 
-    def add(self, result: Result, progress: Progress) -> None:
+    def add(self, result: Result, progress: Progress | None = None) -> None:
         self._count += 1
         message = f"{self._job.shown}:{result.number}: {result.error}"
         if not self._job.skip_errors:
             self._first = self._first or UserError(message)
             return
-        progress.say(f"proxy-vllm: {message}")
+        say = print_error if progress is None else progress.say
+        say(f"proxy-vllm: {message}")
         if self._file is not None:
             if self._count == 1:
                 self._file.open()
-            self._file.write({"line": result.number, "id": result.id, "error": result.error})
+            self._file.write(result.refusal())
 
     def status(self) -> int:
         if self._first is not None:

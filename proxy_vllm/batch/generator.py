@@ -4,11 +4,19 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from proxy_vllm.batch.request import Request, id_of, one_line, parse_request, result_json
-from proxy_vllm.errors import UserError
+from proxy_vllm.batch import openai_lines
+from proxy_vllm.batch.request import (
+    LineOptions,
+    Request,
+    id_of,
+    is_openai,
+    parse_request,
+    result_json,
+)
+from proxy_vllm.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from proxy_vllm.llm import ProxyLLM
@@ -28,10 +36,14 @@ class Result:
     id: str | int | None
     output: dict[str, Any] | None = None
     error: str | None = None
+    completion_tokens: int = 0
+    openai: bool = False
 
-    @property
-    def completion_tokens(self) -> int:
-        return self.output["completion_tokens"] if self.output else 0
+    def refusal(self, **place: Any) -> dict[str, Any]:
+        """The line that names the reason; ``place`` says where the request stands."""
+        if self.openai:
+            return openai_lines.refusal(self.number, self.id, self.error or "")
+        return {**place, "line": self.number, "id": self.id, "error": self.error}
 
 
 @dataclass
@@ -45,22 +57,22 @@ class RequestPool:
 
     Args:
         llm: the engine, for this pool alone while it holds requests.
-        defaults: fields of ``SamplingParams`` for lines that do not set them.
-        token_ids: put ``token_ids`` into the outputs.
+        options: how lines are read and answered.
         max_running: sequences in the engine at once; twice what it can batch, if None.
     """
 
     def __init__(
         self,
         llm: "ProxyLLM",
-        defaults: dict[str, Any] | None = None,
+        options: LineOptions | None = None,
         *,
-        token_ids: bool = False,
         max_running: int | None = None,
     ) -> None:
         self.llm = llm
-        self.defaults = {**(llm.model_config.get_diff_sampling_param() or {}), **(defaults or {})}
-        self.token_ids = token_ids
+        options = options or LineOptions()
+        models = llm.model_config.get_diff_sampling_param() or {}
+        self.options = replace(options, defaults={**models, **options.defaults})
+        self._openai: openai_lines.OpenAIAnswers | None = None
         scheduler = llm.llm_engine.vllm_config.scheduler_config
         self.max_running = max_running or 2 * scheduler.max_num_seqs
         self._running: dict[str, tuple[Slot, Request]] = {}
@@ -75,17 +87,25 @@ class RequestPool:
     def start(self, slot: Slot, data: "dict[str, Any] | UserError") -> None:
         """Hand a line to the engine; if that cannot be, the slot has its result at once."""
         request_id = None
+        openai = isinstance(data, dict) and is_openai(data)
         try:
             if isinstance(data, UserError):
                 raise data
             request_id = id_of(slot.number, data)
-            request = parse_request(slot.number, data, self.llm.proxy_config, self.defaults)
+            request = parse_request(slot.number, data, self.llm.proxy_config, self.options)
+            if openai:
+                request = self._answers().prepare(request, self.options.defaults)
             self._running[self._enqueue(request)] = (slot, request)
             self._sequences += request.params.n
         except Exception as error:
             if engine_is_dead(error):
                 raise
-            slot.result = Result(slot.number, request_id, error=one_line(error))
+            slot.result = Result(slot.number, request_id, error=one_line(error), openai=openai)
+
+    def _answers(self) -> openai_lines.OpenAIAnswers:
+        if self._openai is None:
+            self._openai = openai_lines.OpenAIAnswers(self.llm, self.options.tool_parser)
+        return self._openai
 
     def _enqueue(self, request: Request) -> str:
         """Hand a request to the engine; return the id under which its output will come."""
@@ -93,7 +113,9 @@ class RequestPool:
         request_id = str(llm.request_counter.counter)
         try:
             if request.messages is not None:
-                llm.enqueue_chat([request.messages], [request.params], use_tqdm=False)
+                llm.enqueue_chat(
+                    [request.messages], [request.params], use_tqdm=False, **request.chat
+                )
             else:
                 prompt: Any = request.prompt
                 if isinstance(prompt, list):
@@ -113,13 +135,18 @@ class RequestPool:
         slot, request = self._running.pop(output.request_id)
         self._sequences -= request.params.n
         reasons = {completion.finish_reason for completion in output.outputs}
+        done = Result(slot.number, request.id, openai=request.asked is not None)
         if reasons & {"error", "abort"}:
             why = next((c.stop_reason for c in output.outputs if c.stop_reason), None)
             reason = str(why or "the engine could not finish this request")
-            slot.result = Result(slot.number, request.id, error=reason)
+            slot.result = replace(done, error=reason)
+            return slot
+        if done.openai:
+            data = self._answers().answer(slot.number, request, output)
         else:
-            data = result_json(request, output, token_ids=self.token_ids)
-            slot.result = Result(slot.number, request.id, output=data)
+            data = result_json(request, output, token_ids=self.options.token_ids)
+        tokens = sum(len(completion.token_ids) for completion in output.outputs)
+        slot.result = replace(done, output=data, completion_tokens=tokens)
         return slot
 
     def abort(self) -> None:
@@ -139,8 +166,7 @@ class BatchGenerator:
 
     Args:
         llm: the engine, for this generator alone while it runs.
-        defaults: fields of ``SamplingParams`` for lines that do not set them.
-        token_ids: put ``token_ids`` into the outputs.
+        options: how lines are read and answered.
         stop_on_error: read nothing more after a line that cannot be answered.
         max_running: sequences in the engine at once; twice what it can batch, if None.
         max_held: requests read and not yet yielded, running ones and those that wait for a
@@ -150,14 +176,13 @@ class BatchGenerator:
     def __init__(
         self,
         llm: "ProxyLLM",
-        defaults: dict[str, Any] | None = None,
+        options: LineOptions | None = None,
         *,
-        token_ids: bool = False,
         stop_on_error: bool = False,
         max_running: int | None = None,
         max_held: int | None = None,
     ) -> None:
-        self._pool = RequestPool(llm, defaults, token_ids=token_ids, max_running=max_running)
+        self._pool = RequestPool(llm, options, max_running=max_running)
         self.stop_on_error = stop_on_error
         self.max_held = max_held or 16 * self._pool.max_running
 

@@ -14,6 +14,8 @@ from proxy_vllm.errors import UserError
 
 # Longer than any prompt; a binary file without line ends must not fill the memory.
 MAX_LINE_BYTES = 256 << 20
+# The mark that Windows puts first.
+_MARK = b"\xef\xbb\xbf"
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -52,13 +54,28 @@ def _kind(value: Any) -> str:
     return {list: "a list", str: "a string", bool: "true or false"}.get(type(value), "a number")
 
 
+def refuse_array(start: bytes) -> None:
+    """Raise ``UserError`` if a file starts as one JSON array, and not as lines of JSON."""
+    if start.removeprefix(_MARK).lstrip()[:1] == b"[":
+        raise UserError(
+            "a JSON array, and not one JSON object a line: `jq -c '.[]' FILE` makes lines of it"
+        )
+
+
 def read_jsonl(stream: BinaryIO) -> Iterator[Item]:
-    """Number the lines of ``stream`` from 1 and parse them; blank ones count and are left out."""
-    number = 0
+    """Number the lines of ``stream`` from 1 and parse them; blank ones count and are left out.
+
+    Raises:
+        UserError: the whole file is a JSON array.
+    """
+    number, begun = 0, False
     while line := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows puts first
+            line = line.removeprefix(_MARK)
+        if not begun and line.strip():
+            begun = True
+            refuse_array(line)
         if len(line) > MAX_LINE_BYTES:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(1 << 20)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from proxy_vllm.batch.generator import Item
-from proxy_vllm.batch.jsonl import only_new, parse_line
+from proxy_vllm.batch.jsonl import only_new, parse_line, refuse_array
+from proxy_vllm.batch.request import is_openai
 from proxy_vllm.batch.settings import check_same, write_whole
 from proxy_vllm.errors import UserError
 
@@ -118,6 +119,11 @@ def blocks_of(file: InputFile, rows: int) -> Iterator[Block]:
 def _jsonl_blocks(file: InputFile, rows: int) -> Iterator[Block]:
     first, start, count, position = 1, 0, 0, 0
     with open(file.path, "rb") as stream:
+        try:
+            refuse_array(stream.read(1 << 10))
+        except UserError as error:
+            raise UserError(f"{file.shown}: {error}") from None
+        stream.seek(0)
         while chunk := stream.read(1 << 20):
             at = 0
             while (end := chunk.find(b"\n", at)) >= 0:
@@ -182,7 +188,7 @@ class BlockReader:
         rows = self._parquet_rows(block) if parquet else list(_jsonl_rows(block))
         if id_prefix is not None:
             for number, data in rows:
-                if isinstance(data, dict) and data.get("id") is None:
+                if isinstance(data, dict) and not is_openai(data) and data.get("id") is None:
                     data["id"] = f"{id_prefix}:{number}"
         return list(only_new(rows, set()))
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.batch.generator import Item, Result
 from proxy_vllm.batch.ray_blocks import ERRORS, Block, BlockReader, lines_of
-from proxy_vllm.batch.request import one_line, request_fields
+from proxy_vllm.batch.request import LineOptions, id_of, request_fields
 from proxy_vllm.batch.settings import write_whole
 from proxy_vllm.batch.shared import EngineFailure, SharedGenerator
-from proxy_vllm.errors import UserError
+from proxy_vllm.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -38,7 +38,7 @@ def start_engine(llm_arguments: dict[str, Any]) -> Any:
     # vLLM binds threads to cores without knowing of engines beside it; Ray limits their number.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from proxy_vllm import ProxyLLM
+    from proxy_vllm.llm import ProxyLLM
 
     arguments = dict(llm_arguments)
     if (arguments.get("tensor_parallel_size") or 1) > 1:
@@ -60,7 +60,8 @@ class ProxyGenerator:
     the others, and harms no other row. ``n`` above 1 gives ``outputs`` in the place of ``text``.
 
     Args:
-        sampling: fields of ``SamplingParams`` for rows that do not set them.
+        sampling: fields for rows that do not set them: those of ``SamplingParams``, and
+            ``chat_template_kwargs``, ``tools`` and the like.
         token_ids: add the column ``token_ids``.
         **llm_arguments: of ``proxy_vllm.ProxyLLM``; with ``tensor_parallel_size=T`` give
             ``num_gpus=T`` to ``map_batches``, which puts the T GPUs on one node. Without GPUs, give
@@ -84,9 +85,8 @@ class ProxyGenerator:
         token_ids: bool = False,
         **llm_arguments: Any,
     ) -> None:
-        self._generator = SharedGenerator(
-            start_engine(llm_arguments), sampling, token_ids=token_ids
-        )
+        options = LineOptions(sampling or {}, token_ids)
+        self._generator = SharedGenerator(start_engine(llm_arguments), options)
 
     def __call__(self, batch: "dict[str, Any] | pyarrow.Table") -> "pyarrow.Table":
         """Answer a batch in Ray Data's ``numpy`` or ``pyarrow`` format.
@@ -167,8 +167,7 @@ class BlockWriter:
     Args:
         folder: for the output files; every node must see it, and the input, under the same path.
         llm_arguments: of ``proxy_vllm.ProxyLLM``.
-        sampling: fields of ``SamplingParams`` for rows that do not set them.
-        token_ids: put ``token_ids`` into the answers.
+        options: how rows are read and answered.
         skip_errors: leave out rows that cannot be answered and name them in ``_errors``; otherwise
             the block is not written, and its report names the first of them.
         plain_ids: rows without ``id`` get their number alone, not ``FILE:NUMBER``.
@@ -178,9 +177,8 @@ class BlockWriter:
         self,
         folder: str,
         llm_arguments: dict[str, Any],
-        sampling: dict[str, Any],
+        options: LineOptions,
         *,
-        token_ids: bool = False,
         skip_errors: bool = False,
         plain_ids: bool = False,
     ) -> None:
@@ -191,8 +189,7 @@ class BlockWriter:
         self.broken: str | None = None
         self._reader = BlockReader()
         try:
-            llm = start_engine(llm_arguments)
-            self._generator = SharedGenerator(llm, sampling, token_ids=token_ids)
+            self._generator = SharedGenerator(start_engine(llm_arguments), options)
         except Exception as error:
             # An exception here would be wrapped by Ray and tried again; the report carries it.
             traceback.print_exc()
@@ -251,33 +248,27 @@ class BlockWriter:
         return {**report, "errors": 1, "said": [reason]}
 
     def _write(self, block: Block, report: dict[str, Any], items: list[Item]) -> dict[str, Any]:
-        bad = [(number, str(data)) for number, data in items if isinstance(data, UserError)]
-        if bad and not self.skip_errors:
-            return {**report, "failed": f"{block.shown}:{bad[0][0]}: {bad[0][1]}"}
+        unread = [(number, str(data)) for number, data in items if isinstance(data, UserError)]
+        if unread and not self.skip_errors:
+            return {**report, "failed": f"{block.shown}:{unread[0][0]}: {unread[0][1]}"}
         results = self._answer(block, items)
-        errors = [
-            {"file": block.shown, "line": r.number, "id": r.id, "error": r.error}
-            for r in results
-            if r.error is not None
-        ]
-        if errors and not self.skip_errors:
-            return {
-                **report,
-                "failed": f"{block.shown}:{errors[0]['line']}: {errors[0]['error']}",
-            }
+        bad = [result for result in results if result.error is not None]
+        reasons = [f"{block.shown}:{result.number}: {result.error}" for result in bad]
+        if reasons and not self.skip_errors:
+            return {**report, "failed": reasons[0]}
         # The reasons first: a block that has its output is not looked at again.
         error_file = self.folder / ERRORS / block.name
         error_file.unlink(missing_ok=True)
-        if errors:
-            write_whole(error_file, lines_of(errors))
+        if bad:
+            write_whole(error_file, lines_of(r.refusal(file=block.shown) for r in bad))
         outputs = [result.output for result in results if result.output is not None]
         write_whole(self.folder / block.name, lines_of(outputs))
         return {
             **report,
             "prompts": len(results),
-            "errors": len(errors),
+            "errors": len(bad),
             "completion_tokens": sum(result.completion_tokens for result in results),
-            "said": [f"{e['file']}:{e['line']}: {e['error']}" for e in errors],
+            "said": reasons,
         }
 
     def _answer(self, block: Block, items: list[Item]) -> list[Result]:
@@ -298,7 +289,7 @@ class BlockWriter:
                     "engines die again and again, whatever they are asked: the replicas' logs"
                     " tell why (VLLM_LOGGING_LEVEL=DEBUG shows them here)"
                 )
-            request_id = data.get("id", number) if isinstance(data, dict) else None
+            request_id = id_of(number, data) if isinstance(data, dict) else None
             reason = f"the engine died {_DEATHS_ALONE} times answering this line alone"
             return Result(number, request_id, error=reason)
         tries.add({"alone": number})

@@ -16,8 +16,16 @@ from typing import Any
 import ray
 
 from proxy_vllm.batch.file_job import Interrupts, Progress
-from proxy_vllm.batch.ray_blocks import Block, InputFile, OutputFolder, blocks_of, find_files
+from proxy_vllm.batch.ray_blocks import (
+    Block,
+    BlockReader,
+    InputFile,
+    OutputFolder,
+    blocks_of,
+    find_files,
+)
 from proxy_vllm.batch.ray_generator import BlockWriter
+from proxy_vllm.batch.request import LineOptions, parse_request
 from proxy_vllm.batch.settings import settings_of
 from proxy_vllm.config import ProxyConfig, check_vllm_version
 from proxy_vllm.engine_args import cpu_kv_cache, ranks_of
@@ -38,25 +46,24 @@ class RayJob:
         sources: JSONL and Parquet files, and folders of them.
         target: folder of the answers, one file a block of input rows.
         llm_arguments: of ``proxy_vllm.ProxyLLM``, for each replica.
-        sampling: fields of ``SamplingParams`` for rows that do not set them.
+        lines: how rows are read and answered.
         replicas: number of engines; each gets as many GPUs as its ranks are, all on one node, or
             as many CPUs where vLLM is a CPU build.
         address: of the Ray cluster; the one that Ray finds, or a local one, if None.
         block_rows: rows of a block.
-        resume, overwrite, skip_errors, token_ids, show_progress: as for ``FileJob``.
+        resume, overwrite, skip_errors, show_progress: as for ``FileJob``.
     """
 
     sources: list[str]
     target: str
     llm_arguments: dict[str, Any]
-    sampling: dict[str, Any] = field(default_factory=dict)
+    lines: LineOptions = field(default_factory=LineOptions)
     replicas: int = 1
     address: str | None = None
     block_rows: int = 256
     resume: bool = False
     overwrite: bool = False
     skip_errors: bool = False
-    token_ids: bool = False
     show_progress: bool = True
 
     def run(self) -> int:
@@ -84,6 +91,8 @@ class RayJob:
             counts = _Counts()
             try:
                 if todo:
+                    if not self.skip_errors:
+                        self._check_first_rows(todo)
                     _validate_trio(self.llm_arguments)
                     with _ray(self.address):
                         resources = replica_resources(self.replicas, ranks_of(self.llm_arguments))
@@ -105,8 +114,7 @@ class RayJob:
             self.llm_arguments,
             input=[os.path.abspath(name) for name in self.sources],
             block_rows=self.block_rows,
-            sampling=self.sampling,
-            token_ids=self.token_ids,
+            **dataclasses.asdict(self.lines),
         )
 
     def _plain_ids(self) -> bool:
@@ -118,6 +126,19 @@ class RayJob:
                 yield from blocks_of(file, self.block_rows)
             except UserError as error:
                 skipped.add(str(error))
+
+    def _check_first_rows(self, todo: list[Block]) -> None:
+        """Say what is wrong with the first row of a file, and so maybe with all, at once."""
+        proxy, reader = _proxy_config(self.llm_arguments), BlockReader()
+        for block in todo:
+            if block.first == 1:
+                for number, data in reader.read(block, id_prefix=None)[:1]:
+                    try:
+                        if isinstance(data, UserError):
+                            raise data
+                        parse_request(number, data, proxy, self.lines)
+                    except UserError as error:
+                        raise UserError(f"{block.shown}:{number}: {error}") from None
 
     def _answer(
         self,
@@ -147,8 +168,7 @@ class RayJob:
                     **self.llm_arguments,
                     **cpu_kv_cache(self.llm_arguments, self.replicas),
                 },
-                "sampling": self.sampling,
-                "token_ids": self.token_ids,
+                "options": self.lines,
                 "skip_errors": self.skip_errors,
                 "plain_ids": self._plain_ids(),
             },

@@ -5,7 +5,8 @@ import functools
 import json
 import math
 import typing
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.config import ALPHA_KEY, ROLES, ProxyConfig
@@ -25,14 +26,59 @@ _INNER_FIELDS = {
     "skip_reading_prefix_cache",
     "stream_interval",
 }
-_OWN_FIELDS = ("id", "prompt", "messages", ALPHA_KEY)
+# How messages are rendered, and, for prompts too, the form that an answer must have.
+CHAT_FIELDS = (
+    "chat_template_kwargs",
+    "tools",
+    "continue_final_message",
+    "add_generation_prompt",
+    "response_format",
+)
+_OWN_FIELDS = ("id", "prompt", "messages", ALPHA_KEY, *CHAT_FIELDS)
 
 # vLLM's server answers this where a log-probability is minus infinity, which JSON cannot say.
 _LOWEST_LOGPROB = -9999.0
 
 
+@dataclass(frozen=True)
+class LineOptions:
+    """How the lines of a job are read and answered.
+
+    Args:
+        defaults: fields of lines that do not set them: those of ``SamplingParams``, and
+            ``CHAT_FIELDS``.
+        token_ids: put ``token_ids`` into the answers.
+        keep_fields: copy fields that are none of a request's to the answer; else they are refused.
+        tool_parser: vLLM's parser of tool calls, for lines in OpenAI's format.
+    """
+
+    defaults: dict[str, Any] = field(default_factory=dict)
+    token_ids: bool = False
+    keep_fields: bool = False
+    tool_parser: str | None = None
+
+    def chat_defaults(self, line: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+        """Defaults of ``names`` for a line, arguments of templates completed one by one."""
+        found = {name: self.defaults[name] for name in names if name in self.defaults}
+        own = line.get("chat_template_kwargs")
+        if "chat_template_kwargs" in found and isinstance(own, dict):
+            found["chat_template_kwargs"] = {**found["chat_template_kwargs"], **own}
+            line["chat_template_kwargs"] = found["chat_template_kwargs"]
+        return {name: value for name, value in found.items() if line.get(name) is None}
+
+
+def is_openai(data: dict[str, Any]) -> bool:
+    """Is a line, or an answer, in OpenAI's batch format?"""
+    return "response" in data if "body" not in data else "custom_id" in data or "url" in data
+
+
 def id_of(number: int, data: dict[str, Any]) -> str | int:
     """Id of a line: its own, or its number; ``UserError`` if it is neither text nor integer."""
+    if is_openai(data):
+        value = data.get("custom_id")
+        if not isinstance(value, str) or not value:
+            raise UserError(f"custom_id is {_shown(value)}: it must be a string, not empty")
+        return value
     value = data.get("id")
     if value is None:
         return number
@@ -117,7 +163,9 @@ class Request:
     """One line, checked.
 
     ``prompt`` is text or token ids, or either for each model under ``base``, ``expert`` and
-    ``antiexpert``; None where ``messages`` are given.
+    ``antiexpert``; None where ``messages`` are given. ``chat`` are arguments of
+    ``ProxyLLM.enqueue_chat``, ``kept`` fields that go into the answer as they are, and ``asked``
+    is vLLM's request where the line is in OpenAI's format.
     """
 
     id: str | int
@@ -125,10 +173,13 @@ class Request:
     messages: list[Any] | None
     params: "SamplingParams"
     alpha: float
+    chat: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+    asked: Any = None
 
 
 def parse_request(
-    number: int, data: dict[str, Any], proxy: ProxyConfig, defaults: dict[str, Any]
+    number: int, data: dict[str, Any], proxy: ProxyConfig, options: LineOptions | None = None
 ) -> Request:
     """Check one line and build its sampling parameters.
 
@@ -136,19 +187,24 @@ def parse_request(
         number: of the line, from 1.
         data: the line's fields; a field that is null counts as absent.
         proxy: gives the default and the range of ``proxy_alpha``.
-        defaults: fields of ``SamplingParams`` that the line does not set itself.
+        options: of the job.
 
     Raises:
         UserError: naming the field that is unknown, missing, or has a wrong type or value.
     """
+    options = options or LineOptions()
+    if is_openai(data):
+        from proxy_vllm.batch.openai_lines import parse_openai_line
+
+        return parse_openai_line(number, data, proxy, options)
     given = {name: value for name, value in data.items() if value is not None}
     request_id = id_of(number, given)
-    for name in given:
-        if name not in request_fields():
-            raise UserError(
-                f"{name} is not a known field: there are {', '.join(_OWN_FIELDS)} and the fields"
-                " of vllm.SamplingParams"
-            )
+    kept = {name: value for name, value in given.items() if name not in request_fields()}
+    if kept and not options.keep_fields:
+        raise UserError(
+            f"{next(iter(kept))} is not a known field: there are {', '.join(_OWN_FIELDS)} and the"
+            " fields of vllm.SamplingParams (--keep-fields copies others to the answers)"
+        )
     if ("prompt" in given) == ("messages" in given):
         raise UserError("prompt or messages: one of them is needed, and not both")
     prompt, messages = given.get("prompt"), given.get("messages")
@@ -159,8 +215,13 @@ def parse_request(
     else:
         _check_messages(messages)
     fields = {
-        name: check_field(name, value) for name, value in given.items() if name not in _OWN_FIELDS
+        name: check_field(name, value) for name, value in given.items() if name in sampling_fields()
     }
+    given |= options.chat_defaults(given, CHAT_FIELDS if messages else ("response_format",))
+    chat = _chat_arguments(given, messages is not None)
+    defaults = {n: v for n, v in options.defaults.items() if n not in CHAT_FIELDS}
+    if (form := given.get("response_format")) is not None:
+        fields["structured_outputs"] = _structured(form, fields.get("structured_outputs"))
     extra = dict(fields.pop("extra_args", {}))
     alpha = given.get(ALPHA_KEY, extra.get(ALPHA_KEY))
     if isinstance(alpha, str):
@@ -168,7 +229,46 @@ def parse_request(
     alpha = proxy.alpha_of({ALPHA_KEY: alpha})
     extra[ALPHA_KEY] = alpha
     params = sampling_params({**defaults, **fields, "extra_args": extra})
-    return Request(request_id, prompt, messages, params, alpha)
+    return Request(request_id, prompt, messages, params, alpha, chat, kept)
+
+
+def check_chat_field(name: str, value: Any) -> Any:
+    """Return ``value`` as vLLM's chat route reads the field ``name`` of ``CHAT_FIELDS``."""
+    from pydantic import TypeAdapter, ValidationError
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    kind = ChatCompletionRequest.model_fields[name].annotation
+    try:
+        return TypeAdapter(kind).validate_python(value, strict=isinstance(value, (bool, int, str)))
+    except ValidationError as error:
+        raise UserError(f"{name} is {_shown(value)}: {one_line(error)}") from None
+
+
+def _chat_arguments(given: dict[str, Any], chats: bool) -> dict[str, Any]:
+    """Arguments of ``ProxyLLM.enqueue_chat`` besides messages and sampling parameters."""
+    names = [name for name in CHAT_FIELDS if name != "response_format" and name in given]
+    if names and not chats:
+        raise UserError(f"{names[0]} is for messages: a prompt is read as it is")
+    found = {name: check_chat_field(name, given[name]) for name in names}
+    if "tools" in found:
+        found["tools"] = [tool.model_dump() for tool in found["tools"]]
+    if found.get("continue_final_message") and found.setdefault("add_generation_prompt", False):
+        raise UserError("continue_final_message excludes add_generation_prompt")
+    return found
+
+
+def _structured(form: Any, structured: Any) -> Any:
+    """``structured_outputs`` with what OpenAI's ``response_format`` asks for."""
+    from vllm.entrypoints.generate.base.protocol import structured_outputs_from_response_format
+
+    try:
+        return structured_outputs_from_response_format(
+            structured, check_chat_field("response_format", form)
+        )
+    except (ValueError, AssertionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"response_format is {_shown(form)}: {one_line(error)}") from None
 
 
 def sampling_params(fields: dict[str, Any]) -> "SamplingParams":
@@ -248,9 +348,9 @@ def result_json(request: Request, output: "RequestOutput", *, token_ids: bool) -
     if report := (output.kv_transfer_params or {}).get("proxy"):
         counts["proxy"] = report
     if len(texts) > 1:
-        return {"id": request.id, "outputs": texts, **counts}
+        return {**request.kept, "id": request.id, "outputs": texts, **counts}
     (text,) = texts
-    return {"id": request.id, **text, **counts}
+    return {**request.kept, "id": request.id, **text, **counts}
 
 
 def _logprob(token: int, entry: Any) -> dict[str, Any]:

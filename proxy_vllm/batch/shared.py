@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.batch.generator import Item, RequestPool, Result, Slot
+from proxy_vllm.batch.request import LineOptions
 
 if TYPE_CHECKING:
     from proxy_vllm.llm import ProxyLLM
@@ -20,20 +21,18 @@ class SharedGenerator:
 
     Args:
         llm: the engine, for this generator alone from now on.
-        defaults: fields of ``SamplingParams`` for lines that do not set them.
-        token_ids: put ``token_ids`` into the outputs.
+        options: how lines are read and answered.
         max_running: sequences in the engine at once; twice what it can batch, if None.
     """
 
     def __init__(
         self,
         llm: "ProxyLLM",
-        defaults: dict[str, Any] | None = None,
+        options: LineOptions | None = None,
         *,
-        token_ids: bool = False,
         max_running: int | None = None,
     ) -> None:
-        self._pool = RequestPool(llm, defaults, token_ids=token_ids, max_running=max_running)
+        self._pool = RequestPool(llm, options, max_running=max_running)
         self._inbox: queue.SimpleQueue[_Block | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         threading.Thread(target=self._loop, daemon=True, name="proxy-vllm-engine").start()
@@ -50,7 +49,8 @@ class SharedGenerator:
         """
         block = _Block(items, alone)
         self._inbox.put(block)
-        # A block that comes as the engine fails is told by the clock.
+        # A block that was put into the inbox while the engine failed is never marked as done, so
+        # look at the failure once a second.
         while self._failure is None and not block.done.wait(timeout=1.0):
             pass
         if not block.is_done():

@@ -9,7 +9,8 @@ from proxy_vllm.config import KV_CACHE_TABLES, STOP_TOKENS
 from proxy_vllm.errors import UserError
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """For ``type=`` of an option that takes a JSON object."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -24,7 +25,7 @@ def _json_file(name: str) -> dict[str, Any]:
         text = Path(name).read_text(encoding="utf-8")
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{name}: {error.strerror}") from None
-    return _json_object(text)
+    return json_object(text)
 
 
 def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,7 @@ def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
     for role in ("expert", "antiexpert"):
         group.add_argument(
             f"--{role}-args",
-            type=_json_object,
+            type=json_object,
             default={},
             metavar="JSON",
             help=f"vLLM ModelConfig fields of the {role} alone, such as"

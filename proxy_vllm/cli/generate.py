@@ -7,15 +7,17 @@ from typing import Any
 
 from vllm.entrypoints.cli.types import CLISubcommand
 
-from proxy_vllm.cli.arguments import add_proxy_arguments, name_base, proxy_config
+from proxy_vllm.batch.request import LineOptions
+from proxy_vllm.cli.arguments import add_proxy_arguments, json_object, name_base, proxy_config
 from proxy_vllm.errors import UserError
 
 _SAMPLING = {
-    "temperature": (float, None, "0 is greedy (default: the model's own, else 1)"),
-    "max_tokens": (int, 256, "of each text (default: 256)"),
-    "top_p": (float, None, "share of probability to sample from"),
-    "top_k": (int, None, "number of tokens to sample from"),
+    "temperature": (float, "0 is greedy (default: the model's own, else 1)"),
+    "max_tokens": (int, "of each text (default: 256)"),
+    "top_p": (float, "share of probability to sample from"),
+    "top_k": (int, "number of tokens to sample from"),
 }
+_MAX_TOKENS = 256
 
 
 class GenerateSubcommand(CLISubcommand):
@@ -27,12 +29,12 @@ class GenerateSubcommand(CLISubcommand):
     def cmd(args: argparse.Namespace) -> None:
         if (args.data_parallel_size or 1) > 1:
             raise UserError("--data-parallel-size: --replicas N runs N engines on Ray")
-        defaults = sampling_defaults(args)
+        lines = line_options(args)
         llm = llm_arguments(args)
         if args.replicas is not None or args.ray_address is not None:
-            code = ray_job(args, llm, defaults).run()
+            code = ray_job(args, llm, lines).run()
         else:
-            code = file_job(args, llm, defaults).run(lambda: start_llm(llm))
+            code = file_job(args, llm, lines).run(lambda: start_llm(llm))
         if code:
             sys.exit(code)
 
@@ -44,7 +46,9 @@ class GenerateSubcommand(CLISubcommand):
             help="Answer files of prompts.",
             description="Answer a JSONL file, one object a line: prompt (text or token ids, or"
             " with --own-prompts an object of them for base, expert and antiexpert) or messages;"
-            " optionally id, proxy_alpha and any field of vllm.SamplingParams.\n"
+            " optionally id, proxy_alpha, any field of vllm.SamplingParams, and for messages"
+            " chat_template_kwargs, tools and the like. Lines in OpenAI's batch format are answered"
+            " in that format.\n"
             "Answers come as JSONL in the order of the lines. --seed also seeds the lines that"
             " name no seed.",
             usage="proxy-vllm generate BASE --expert E --antiexpert A -i prompts.jsonl"
@@ -92,13 +96,31 @@ def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         " are written (fail, the default), or goes to OUTPUT.errors.jsonl, and the run ends with"
         " status 1 (skip)",
     )
-    for name, (kind, default, text) in _SAMPLING.items():
+    for name, (kind, text) in _SAMPLING.items():
         group.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,
-            default=default,
             help=f"of lines that name none: {text}",
         )
+    group.add_argument(
+        "--line-defaults",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="fields of lines that name none, such as"
+        """ '{"chat_template_kwargs": {"enable_thinking": false}}'""",
+    )
+    group.add_argument(
+        "--keep-fields",
+        action="store_true",
+        help="copy fields of a line that are none of a request's to its answer, and do not refuse"
+        " them",
+    )
+    group.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="vLLM's parser of tool calls, for lines in OpenAI's batch format",
+    )
     group.add_argument("--token-ids", action="store_true", help="add token_ids to the answers")
     group.add_argument("--chat-template", metavar="FILE", help="for messages; default the expert's")
     group.add_argument("--no-progress", action="store_true", help="show no progress bar")
@@ -122,16 +144,31 @@ def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def sampling_defaults(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of ``SamplingParams`` for lines that do not set them, checked."""
-    from proxy_vllm.batch.request import check_field, sampling_params
+def line_options(args: argparse.Namespace) -> LineOptions:
+    """How lines are read and answered, checked."""
+    from proxy_vllm.batch.request import (
+        CHAT_FIELDS,
+        check_chat_field,
+        check_field,
+        sampling_fields,
+        sampling_params,
+    )
 
-    given = {name: getattr(args, name) for name in (*_SAMPLING, "seed")}
-    defaults = {
-        name: check_field(name, value) for name, value in given.items() if value is not None
-    }
-    sampling_params(defaults)
-    return defaults
+    chat = {name: args.line_defaults[name] for name in CHAT_FIELDS if name in args.line_defaults}
+    for name, value in chat.items():
+        check_chat_field(name, value)
+    sampling = {name: value for name, value in args.line_defaults.items() if name not in chat}
+    for name in sampling:
+        if name not in sampling_fields():
+            raise UserError(f"--line-defaults: {name} is no field that lines can do without")
+    named = {name: getattr(args, name) for name in (*_SAMPLING, "seed")}
+    sampling |= {name: value for name, value in named.items() if value is not None}
+    sampling = {"max_tokens": _MAX_TOKENS, **sampling}
+    sampling = {name: check_field(name, value) for name, value in sampling.items()}
+    sampling_params(sampling)
+    return LineOptions(
+        {**sampling, **chat}, args.token_ids, args.keep_fields, args.tool_call_parser
+    )
 
 
 def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -158,7 +195,7 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def file_job(args: argparse.Namespace, llm: dict[str, Any], defaults: dict[str, Any]) -> Any:
+def file_job(args: argparse.Namespace, llm: dict[str, Any], lines: LineOptions) -> Any:
     """The ``FileJob`` that the command line describes."""
     from proxy_vllm.batch.file_job import FileJob
     from proxy_vllm.batch.settings import settings_of
@@ -168,17 +205,17 @@ def file_job(args: argparse.Namespace, llm: dict[str, Any], defaults: dict[str, 
     return FileJob(
         source=args.input[0],
         target=args.output,
-        defaults=defaults,
-        settings=settings_of(llm, sampling=defaults, token_ids=args.token_ids),
+        lines=lines,
+        proxy=proxy_config(args),
+        settings=settings_of(llm, **dataclasses.asdict(lines)),
         resume=args.resume,
         overwrite=args.overwrite,
         skip_errors=args.on_error == "skip",
-        token_ids=args.token_ids,
         show_progress=not args.no_progress,
     )
 
 
-def ray_job(args: argparse.Namespace, llm: dict[str, Any], defaults: dict[str, Any]) -> Any:
+def ray_job(args: argparse.Namespace, llm: dict[str, Any], lines: LineOptions) -> Any:
     """The ``RayJob`` that the command line describes."""
     try:
         from proxy_vllm.batch.ray_job import RayJob
@@ -191,14 +228,13 @@ def ray_job(args: argparse.Namespace, llm: dict[str, Any], defaults: dict[str, A
         sources=args.input,
         target=args.output,
         llm_arguments=llm,
-        sampling=defaults,
+        lines=lines,
         replicas=1 if args.replicas is None else args.replicas,
         address=args.ray_address,
         block_rows=args.block_rows,
         resume=args.resume,
         overwrite=args.overwrite,
         skip_errors=args.on_error == "skip",
-        token_ids=args.token_ids,
         show_progress=not args.no_progress,
     )
 

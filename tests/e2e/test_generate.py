@@ -16,6 +16,7 @@ from tiny_models import CHAT_TEMPLATE
 from transformers import AutoTokenizer
 
 from proxy_vllm.batch.generator import BatchGenerator
+from proxy_vllm.batch.request import LineOptions
 from proxy_vllm.envs import cpu_runner
 
 EOS = 1
@@ -76,7 +77,7 @@ def test_lines_against_the_reference_loop_with_bad_ones_among_them(trio):
         items.append((number, bad[number][0] if number in bad else next(good)))
     with running(**trio) as llm:
         # Fewer sequences at once than lines: later ones enter while earlier ones run.
-        generator = BatchGenerator(llm, token_ids=True, max_running=5)
+        generator = BatchGenerator(llm, LineOptions(token_ids=True), max_running=5)
         results = list(generator.run(items))
         assert not llm.llm_engine.has_unfinished_requests()
     assert [r.number for r in results] == list(range(1, 21))
@@ -104,7 +105,7 @@ def test_logprobs_and_several_texts(trio):
         (2, {**item, "temperature": 0, "logprobs": 2, "prompt_logprobs": 1}),
     ]
     with running(**trio) as llm:
-        first, second = BatchGenerator(llm, token_ids=True).run(items)
+        first, second = BatchGenerator(llm, LineOptions(token_ids=True)).run(items)
     several = [tuple(o["token_ids"]) for o in first.output["outputs"]]
     assert len(set(several)) > 1 and all(len(tokens) == 4 for tokens in several)
     assert first.output["completion_tokens"] == 12
@@ -184,7 +185,7 @@ def test_a_killed_run_and_its_resumption_equal_an_uninterrupted_one(trio, tmp_pa
     assert run_in_process(*command(trio, source, target, *options)) == 2
     for other in (["--alpha", "-3"], ["--expert", trio["antiexpert"]], ["--top-k", "5"]):
         assert run_in_process(*command(trio, source, target, *options, "--resume", *other)) == 2
-        assert f"was begun with {'sampling' if '--top-k' in other else other[0][2:]} " in (
+        assert f"was begun with {'defaults' if '--top-k' in other else other[0][2:]} " in (
             capsys.readouterr().err
         )
     assert run_in_process(*command(trio, source, target, *options, "--resume")) == 0

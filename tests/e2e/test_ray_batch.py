@@ -18,6 +18,7 @@ from engines import SMALL, prompt_ids, running
 from reference_loop import Trio, greedy
 
 from proxy_vllm.batch.generator import BatchGenerator
+from proxy_vllm.batch.request import LineOptions
 from proxy_vllm.envs import cpu_runner
 from proxy_vllm.errors import UserError
 
@@ -58,7 +59,9 @@ def expected(trio):
     """What one engine in this process answers, by id; greedy rows checked against the loop."""
     rows = make_rows()
     with running(**{**trio, **ENGINE}) as llm:
-        results = list(BatchGenerator(llm, token_ids=True).run(enumerate(rows, start=1)))
+        results = list(
+            BatchGenerator(llm, LineOptions(token_ids=True)).run(enumerate(rows, start=1))
+        )
     models = Trio.load(trio["model"], trio["expert"], trio["antiexpert"], torch.float32)
     for row, result in list(zip(rows, results))[1:12:2]:
         tokens, _ = greedy(models, row["prompt"], row["max_tokens"], row["proxy_alpha"])
@@ -91,7 +94,7 @@ def job(trio, source, target, replicas=2, **options):
         arguments,
         replicas=replicas,
         block_rows=BLOCK_ROWS,
-        token_ids=True,
+        lines=LineOptions(options.pop("defaults", {}), token_ids=True),
         **options,
     )
 
@@ -170,8 +173,8 @@ def test_a_killed_driver_is_resumed(cluster, trio, expected, tmp_path):
     manifest = json.loads((target / "_manifest.json").read_text())
     with pytest.raises(UserError, match="holds results: --resume adds"):
         job(trio, source, target).run()
-    sampling = json.loads(manifest["settings"]["sampling"])
-    again = job(trio, source, target, resume=True, sampling=sampling)
+    defaults = json.loads(manifest["settings"]["defaults"])
+    again = job(trio, source, target, resume=True, defaults=defaults)
     assert again.run() == 0
     check(target, expected)
     assert all(path.stat().st_mtime_ns == made for path, made in kept.items())

@@ -7,7 +7,7 @@ import pytest
 from scripted_llm import PROXY, ScriptedLLM, lines
 
 from proxy_vllm.batch.generator import BatchGenerator
-from proxy_vllm.batch.request import parse_request
+from proxy_vllm.batch.request import LineOptions, parse_request
 from proxy_vllm.errors import UserError
 
 
@@ -174,7 +174,7 @@ def test_a_failing_source_fails_the_run():
 )
 def test_a_refusal_names_the_field(line, message):
     with pytest.raises(UserError, match=message):
-        parse_request(1, line, PROXY, {})
+        parse_request(1, line, PROXY)
 
 
 def test_fields_reach_the_sampling_parameters():
@@ -192,7 +192,7 @@ def test_fields_reach_the_sampling_parameters():
             "extra_args": {"mine": 1},
         },
         PROXY,
-        {"top_p": 0.5, "temperature": 0.3},
+        LineOptions({"top_p": 0.5, "temperature": 0.3}),
     )
     params = request.params
     assert (request.id, request.prompt, request.alpha) == (7, [5, 6], 0.0)
@@ -204,9 +204,9 @@ def test_fields_reach_the_sampling_parameters():
 def test_a_prompt_for_each_model():
     """Null counts as absent, also where a column of a table has structs."""
     prompt = {"base": "x", "expert": [5, 6], "antiexpert": None}
-    request = parse_request(1, {"prompt": prompt}, PROXY, {})
+    request = parse_request(1, {"prompt": prompt}, PROXY)
     assert request.prompt == {"base": "x", "expert": [5, 6]}
 
 
 def test_the_servers_alpha_holds_where_a_line_names_none():
-    assert parse_request(1, {"prompt": "x"}, PROXY, {}).alpha == 1.5
+    assert parse_request(1, {"prompt": "x"}, PROXY).alpha == 1.5

@@ -14,7 +14,7 @@ from proxy_vllm.batch import ray_generator
 from proxy_vllm.batch.jsonl import read_jsonl
 from proxy_vllm.batch.ray_blocks import BlockReader, InputFile, OutputFolder, blocks_of, find_files
 from proxy_vllm.batch.ray_generator import BlockWriter, ProxyGenerator
-from proxy_vllm.batch.request import request_fields
+from proxy_vllm.batch.request import LineOptions, request_fields
 from proxy_vllm.batch.shared import EngineFailure, SharedGenerator
 from proxy_vllm.errors import UserError
 
@@ -188,7 +188,7 @@ def make_writer(tmp_path, monkeypatch):
 
     def make(llm=None, **options):
         monkeypatch.setattr(ray_generator, "start_engine", lambda arguments: llm or ScriptedLLM())
-        return BlockWriter(str(tmp_path / "out"), {}, {}, plain_ids=True, **options)
+        return BlockWriter(str(tmp_path / "out"), {}, LineOptions(), plain_ids=True, **options)
 
     return make
 
@@ -322,7 +322,7 @@ def test_an_engine_that_does_not_start_is_told(tmp_path, monkeypatch, block):
         raise UserError("no such folder")
 
     monkeypatch.setattr(ray_generator, "start_engine", broken)
-    report = BlockWriter(str(tmp_path), {}, {}).write(block)
+    report = BlockWriter(str(tmp_path), {}, LineOptions()).write(block)
     assert report["fatal"] == "an engine did not start: no such folder"
 
 
