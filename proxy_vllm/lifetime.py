@@ -1,16 +1,23 @@
-"""The processes of an engine end with the process that started them, however that one ends."""
+"""The processes of an engine end with the command that started them, and the command with them."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
+from typing import Any
 
 from proxy_vllm.envs import ENDS_WITH_PARENT
 
 # What vLLM calls processes that it starts: engines, their workers, and further HTTP servers.
 _NAMES = ("EngineCore", "VllmWorker", "ApiServer")
+# The title that vLLM gives an engine's process; Linux shows 15 characters of it.
+_TITLE = "VLLM::EngineCor"
 _SECONDS_BETWEEN_LOOKS = 0.5
+# How long vLLM may take to end a command whose engine has ended.
+_SECONDS_TO_END = 20.0
 _THREAD = "proxy-vllm-parent"
 
 
@@ -45,3 +52,47 @@ def _watch(parent: int | None) -> None:
     while os.getppid() == parent:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_engines(patience: float = _SECONDS_TO_END) -> None:
+    """End this command, in one line, if it goes on for long after an engine of its own ended.
+
+    An engine that ends while it starts leaves vLLM waiting for its first message: ten minutes, or
+    what ``VLLM_ENGINE_READY_TIMEOUT_S`` says.
+    """
+    threading.Thread(
+        target=_watch_engines, args=(patience,), daemon=True, name="proxy-vllm-engines"
+    ).start()
+
+
+def _watch_engines(patience: float) -> None:
+    import psutil
+
+    this, engines = psutil.Process(), set[psutil.Process]()
+    ended = None
+    while True:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if not engines:
+            with contextlib.suppress(psutil.Error):
+                engines = {p for p in this.children() if p.name().startswith(_TITLE)}
+        elif not all(map(_runs, engines)):
+            ended = ended or time.monotonic()
+            if time.monotonic() - ended > patience:
+                break
+    print(
+        "proxy-vllm: error: the engine ended, and its last messages above name the cause",
+        file=sys.stderr,
+        flush=True,
+    )
+    for process in this.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    os._exit(2)
+
+
+def _runs(process: Any) -> bool:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -41,6 +41,7 @@ def parse_openai_line(
     """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.exceptions import VLLMValidationError
 
     for name in data:
         if name not in _FIELDS:
@@ -57,6 +58,12 @@ def parse_openai_line(
         raise UserError(f'{ALPHA_KEY} belongs in {_XARGS}: {{"{ALPHA_KEY}": ...}}')
     names = CHAT_FIELDS if url == _CHAT else ("response_format",)
     body = {**options.chat_defaults(body, names), **body}
+    # Not OpenAI's defaults: 16 for a prompt, and all that fits for a chat.
+    if (
+        not {"max_tokens", "max_completion_tokens"} & body.keys()
+        and "max_tokens" in options.defaults
+    ):
+        body["max_tokens"] = options.defaults["max_tokens"]
     try:
         asked = (ChatCompletionRequest if url == _CHAT else CompletionRequest).model_validate(body)
         for name in ("stream", "use_beam_search", "chat_template", "prompt_embeds"):
@@ -66,7 +73,7 @@ def parse_openai_line(
         params = _params(asked, options.defaults)
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError, VLLMValidationError) as error:
         raise UserError(f"body: {one_line(error)}") from None
     prompt, messages, chat = None, None, {}
     if url == _CHAT:
@@ -77,11 +84,8 @@ def parse_openai_line(
 
 
 def _params(asked: Any, defaults: dict[str, Any]) -> "SamplingParams":
-    most = getattr(asked, "max_completion_tokens", None) or asked.max_tokens
-    # CompletionRequest has OpenAI's default of 16 where nothing is named.
-    if most is None or not {"max_tokens", "max_completion_tokens"} & asked.model_fields_set:
-        most = defaults.get("max_tokens", most)
-    params = asked.to_sampling_params(most, defaults)
+    most = getattr(asked, "max_completion_tokens", None)
+    params = asked.to_sampling_params(asked.max_tokens if most is None else most, defaults)
     params.seed = defaults.get("seed") if params.seed is None else params.seed
     return params
 

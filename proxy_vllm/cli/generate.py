@@ -10,6 +10,7 @@ from vllm.entrypoints.cli.types import CLISubcommand
 from proxy_vllm.batch.request import LineOptions
 from proxy_vllm.cli.arguments import add_proxy_arguments, json_object, name_base, proxy_config
 from proxy_vllm.errors import UserError
+from proxy_vllm.lifetime import end_with_engines
 
 _SAMPLING = {
     "temperature": (float, "0 is greedy (default: the model's own, else 1)"),
@@ -31,6 +32,7 @@ class GenerateSubcommand(CLISubcommand):
             raise UserError("--data-parallel-size: --replicas N runs N engines on Ray")
         lines = line_options(args)
         llm = llm_arguments(args)
+        end_with_engines()
         if args.replicas is not None or args.ray_address is not None:
             code = ray_job(args, llm, lines).run()
         else:

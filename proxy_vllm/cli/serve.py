@@ -11,6 +11,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from proxy_vllm.cli.arguments import add_proxy_arguments, apply_to_namespace
 from proxy_vllm.errors import UserError, one_line
+from proxy_vllm.lifetime import end_with_engines
 
 # How long requests may go on after SIGTERM (--shutdown-timeout).
 DRAIN_SECONDS = 60
@@ -23,6 +24,7 @@ class ProxyServeSubcommand(ServeSubcommand):
     def cmd(args: argparse.Namespace) -> None:
         _check_tls_files(args)
         apply_to_namespace(args)
+        end_with_engines()
         # Requests with an alpha that cannot run are answered 400 before they reach the engine.
         args.middleware = [*args.middleware, "proxy_vllm.server.admission.AdmissionMiddleware"]
         try:

@@ -75,6 +75,13 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.transformers_utils.model_arch_config_convertor:ModelArchitectureConfig": {
         "validate.py": "total_num_attention_heads"
     },
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat": {
+        "batch/openai_lines.py": "_effective_chat_template_kwargs _make_parser"
+        " chat_completion_full_generator parser_cls"
+    },
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion": {
+        "batch/openai_lines.py": "request_output_to_completion_response"
+    },
     "vllm.config:ParallelConfig": {
         "model.py": "pipeline_parallel_size",
         "own_prompts/prompts.py": "decode_context_parallel_size enable_expert_parallel"

@@ -210,3 +210,68 @@ def test_a_prompt_for_each_model():
 
 def test_the_servers_alpha_holds_where_a_line_names_none():
     assert parse_request(1, {"prompt": "x"}, PROXY).alpha == 1.5
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+def test_options_of_a_chat_and_defaults_of_a_job():
+    options = LineOptions(
+        {"chat_template_kwargs": {"enable_thinking": False, "x": 1}, "temperature": 0.5},
+        keep_fields=True,
+    )
+    request = parse_request(
+        1, {**CHAT, "chat_template_kwargs": {"x": 2}, "mine": [1]}, PROXY, options
+    )
+    assert request.chat == {"chat_template_kwargs": {"enable_thinking": False, "x": 2}}
+    assert request.kept == {"mine": [1]} and request.params.temperature == 0.5
+    request = parse_request(1, {**CHAT, "continue_final_message": True}, PROXY)
+    assert request.chat == {"continue_final_message": True, "add_generation_prompt": False}
+    # A prompt is read as it is, whatever the job says about chats.
+    assert parse_request(1, {"prompt": "x"}, PROXY, options).chat == {}
+    form = {"type": "json_object"}
+    request = parse_request(1, {"prompt": "x", "response_format": form}, PROXY)
+    assert request.params.structured_outputs.json_object
+
+
+BODY = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ({"prompt": "x", "tools": []}, "tools is for messages"),
+        ({**CHAT, "chat_template_kwargs": 5}, "chat_template_kwargs is 5"),
+        ({**CHAT, "tools": [{"type": "x"}]}, "tools is "),
+        ({**CHAT, "continue_final_message": "yes"}, "continue_final_message is 'yes'"),
+        ({**CHAT, "continue_final_message": True, "add_generation_prompt": True}, "excludes"),
+        ({**CHAT, "response_format": {"type": "yaml"}}, "response_format is "),
+        ({**BODY, "body": CHAT, "custom_id": None}, "custom_id is None"),
+        ({**BODY, "body": CHAT, "method": "GET"}, "method is 'GET'"),
+        ({**BODY, "body": CHAT, "url": "/v1/embeddings"}, "url is '/v1/embeddings'"),
+        ({**BODY, "body": CHAT, "prompt": "x"}, "prompt is not a known field"),
+        ({**BODY, "body": "x"}, "body must be an object"),
+        ({**BODY, "body": {"messages": 5}}, "body: "),
+        ({**BODY, "body": {**CHAT, "stream": True}}, "body.stream is for the server"),
+        ({**BODY, "body": {**CHAT, "proxy_alpha": 1}}, "proxy_alpha belongs in vllm_xargs"),
+        ({**BODY, "body": {**CHAT, "vllm_xargs": {"proxy_alpha": 99}}}, "proxy_alpha is 99"),
+        ({**BODY, "body": {**CHAT, "temperature": -1}}, "temperature must be non-negative"),
+        ({**BODY, "url": "/v1/completions", "body": {"prompt": ["a", "b"]}}, "holds 2 prompts"),
+    ],
+)
+def test_a_refusal_of_a_chat_or_an_openai_line_names_the_field(line, message):
+    with pytest.raises(UserError, match=message):
+        parse_request(1, line, PROXY)
+
+
+def test_an_openai_line():
+    body = {**CHAT, "max_tokens": 7, "vllm_xargs": {"proxy_alpha": 0.5}, "seed": 3}
+    options = LineOptions({"max_tokens": 256, "temperature": 0.25, "seed": 9})
+    request = parse_request(1, {**BODY, "body": body}, PROXY, options)
+    assert (request.id, request.alpha, request.messages) == ("a", 0.5, CHAT["messages"])
+    params = request.params
+    assert (params.max_tokens, params.temperature, params.seed) == (7, 0.25, 3)
+    assert params.extra_args == {"proxy_alpha": 0.5}
+    text = {"url": "/v1/completions", "body": {"prompt": [[5, 6]]}}
+    request = parse_request(1, {**BODY, **text}, PROXY, options)
+    assert (request.prompt, request.params.max_tokens, request.params.seed) == ([5, 6], 256, 9)

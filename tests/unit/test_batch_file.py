@@ -9,10 +9,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from scripted_llm import ScriptedLLM, lines
+from scripted_llm import PROXY, ScriptedLLM, lines
 
 from proxy_vllm.batch.file_job import FileJob
 from proxy_vllm.batch.jsonl import ResultFile, read_jsonl
+from proxy_vllm.batch.ray_blocks import InputFile, blocks_of
 from proxy_vllm.batch.settings import settings_of
 from proxy_vllm.errors import UserError
 
@@ -297,6 +298,53 @@ def test_files_that_cannot_be_used_start_no_engine(tmp_path, monkeypatch, source
     write_lines(tmp_path / "in.jsonl", lines(1))
     with pytest.raises(UserError, match=message):
         FileJob(source, target).run(lambda: pytest.fail("an engine was started"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            '[\n  {"prompt": "a"},\n  {"prompt": "b"}\n]\n',
+            "in.jsonl: a JSON array, and not one JSON",
+        ),
+        ('\n[{"prompt": "a"}]', "in.jsonl: a JSON array, and not one JSON"),
+        ('{\n  "prompt": "a"\n}\n', r"in.jsonl:1: not JSON"),
+        ('{"text": "a"}\n{"text": "b"}\n', r"in.jsonl:1: text is not a known field"),
+        ('{"custom_id": "a", "body": {}, "url": "/v1/embeddings"}\n', r"in.jsonl:1: url is"),
+    ],
+)
+def test_what_is_wrong_with_a_whole_file_starts_no_engine(tmp_path, text, message):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(text)
+    none = lambda: pytest.fail("an engine was started")  # noqa: E731
+    with pytest.raises(UserError, match=message):
+        FileJob(str(source), str(target), proxy=PROXY).run(none)
+    if "array" in message:
+        with pytest.raises(UserError, match=message):
+            FileJob(str(source), str(target), proxy=PROXY, skip_errors=True).run(none)
+        with pytest.raises(UserError, match=message):
+            list(blocks_of(InputFile(str(source), "in.jsonl"), 5))
+        return
+    # With --on-error skip, a file without one good line is answered by its faults.
+    assert FileJob(str(source), str(target), proxy=PROXY, skip_errors=True).run(none) == 1
+    assert read_results(target) == []
+    errors = read_results(tmp_path / "out.jsonl.errors.jsonl")
+    assert [e["line"] for e in errors] == list(range(1, text.count("\n") + 1))
+
+
+def test_bad_lines_before_the_first_good_one_are_reported_once(tmp_path, capfd):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('nonsense\n{"text": "a"}\n{"prompt": "a", "max_tokens": 1}\n')
+    assert FileJob(str(source), str(target), proxy=PROXY, skip_errors=True).run(ScriptedLLM) == 1
+    assert [r["text"] for r in read_results(target)] == ["A"]
+    assert [e["line"] for e in read_results(tmp_path / "out.jsonl.errors.jsonl")] == [1, 2]
+    assert len(capfd.readouterr().err.splitlines()) == 2
+
+
+def test_resume_knows_answers_in_openais_format(tmp_path):
+    path = tmp_path / "out"
+    path.write_text('{"id": "batch_req_1", "custom_id": "a", "response": {}, "error": null}\n')
+    assert ResultFile(str(path), resume=True).done == {"a"}
 
 
 def test_a_full_device_is_one_clear_line(job):
