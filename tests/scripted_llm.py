@@ -63,6 +63,7 @@ class ScriptedLLM:
             text=text.upper(),
             token_ids=list(range(params.max_tokens)),
             finish_reason="error" if text in self.failing else "length",
+            stop_reason=None,
             logprobs=None,
         )
         return SimpleNamespace(
@@ -71,6 +72,7 @@ class ScriptedLLM:
             outputs=[completion] * params.n,
             prompt_token_ids=[0] * len(text),
             prompt_logprobs=None,
+            kv_transfer_params=None,
         )
 
 
