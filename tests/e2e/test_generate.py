@@ -162,7 +162,9 @@ def test_a_killed_run_and_its_resumption_equal_an_uninterrupted_one(trio, tmp_pa
 
     argv = [sys.executable, "-m", "proxy_vllm.cli.main", *command(trio, source, target, *options)]
     log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT)
+    # Processes as users have them, and not one for all as elsewhere in these tests.
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env=env)
     try:
         deadline = time.monotonic() + 240
         while not target.exists() or target.read_bytes().count(b"\n") < 3:

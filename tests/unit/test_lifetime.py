@@ -10,6 +10,8 @@ import time
 import psutil
 import pytest
 
+from proxy_vllm.envs import ENDS_WITH_PARENT
+
 START = """
 import multiprocessing, os, sys, time
 from proxy_vllm import lifetime
@@ -46,6 +48,8 @@ def start(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # As it was before engines of other tests in this process.
+            env={k: v for k, v in os.environ.items() if k != ENDS_WITH_PARENT},
         )
         child = psutil.Process(int(command.stdout.readline()))
         started.extend([command, child])
