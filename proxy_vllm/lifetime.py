@@ -17,7 +17,7 @@ _NAMES = ("EngineCore", "VllmWorker", "ApiServer")
 _TITLE = "VLLM::EngineCor"
 _SECONDS_BETWEEN_LOOKS = 0.5
 # How long vLLM may take to end a command whose engine has ended.
-_SECONDS_TO_END = 20.0
+_SECONDS_TO_END = 60.0
 _THREAD = "proxy-vllm-parent"
 
 
