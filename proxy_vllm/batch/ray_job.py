@@ -31,10 +31,11 @@ from proxy_vllm.config import ProxyConfig, check_vllm_version
 from proxy_vllm.engine_args import cpu_kv_cache, ranks_of
 from proxy_vllm.errors import UserError, without_trace
 
-# Rows of Ray's own dataset in one of its tasks, at most so many tasks.
+# The most tasks into which Ray divides our list of blocks.
 _MOST_TASKS = 10_000
 _CONNECT_SECONDS = 5.0
-# The opening of HTTP/2, which Ray speaks, and empty SETTINGS; the other side answers with its own.
+# Ray speaks HTTP/2. This is how a client opens a connection: the preface, and SETTINGS that are
+# empty. A server answers with its own SETTINGS.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 
 
@@ -109,7 +110,7 @@ class RayJob:
         return 1 if skipped.count else 0
 
     def _settings(self) -> dict[str, str]:
-        """What the answers depend on, and the cut into blocks."""
+        """Everything that the answers and the cut into blocks depend on."""
         return settings_of(
             self.llm_arguments,
             input=[os.path.abspath(name) for name in self.sources],
@@ -128,7 +129,7 @@ class RayJob:
                 skipped.add(str(error))
 
     def _check_first_rows(self, todo: list[Block]) -> None:
-        """Say what is wrong with the first row of a file, and so maybe with all, at once."""
+        """Check the first row of each file: a fault there is often a fault of every row."""
         proxy, reader = _proxy_config(self.llm_arguments), BlockReader()
         for block in todo:
             if block.first == 1:
@@ -173,7 +174,7 @@ class RayJob:
                 "plain_ids": self._plain_ids(),
             },
             batch_size=1,
-            # Several blocks in one engine, so that the end of one does not leave it idle.
+            # An engine answers several blocks at a time, so that it has work while one ends.
             compute=ActorPoolStrategy(
                 size=self.replicas,
                 max_concurrent_calls_per_actor=calls,
@@ -208,13 +209,13 @@ class RayJob:
             print(counts.table(), file=sys.stderr)
 
     def _calls(self) -> int:
-        """Blocks at once in one engine: enough rows to fill its batch twice."""
+        """How many blocks one engine answers at a time: enough rows to fill its batch twice."""
         sequences = self.llm_arguments.get("max_num_seqs") or 1024
         return max(2, min(16, -(-2 * sequences // self.block_rows)))
 
 
 class _Skipped:
-    """What could not be answered: said and counted, or the end of the job."""
+    """Rows that could not be answered. Each is reported and counted, or the first ends the job."""
 
     def __init__(self, go_on: bool) -> None:
         self._go_on = go_on
@@ -231,7 +232,7 @@ class _Skipped:
 
 
 class _Counts:
-    """Prompts and tokens of each replica, and the rates of both since it was ready."""
+    """How many prompts and tokens each replica answered, and how fast since it was ready."""
 
     def __init__(self) -> None:
         self.blocks = 0
@@ -242,7 +243,7 @@ class _Counts:
         counts = self._replicas.setdefault(report["replica"], {"prompts": 0, "tokens": 0})
         counts["prompts"] += report["prompts"]
         counts["tokens"] += report["completion_tokens"]
-        # One that was started anew keeps its name; the time between counts.
+        # A replica that was restarted keeps its name, and the time of the restart counts.
         counts["since"] = min(report["since"], counts.get("since", report["since"]))
 
     def _rates(self) -> Iterator[tuple[str, dict[str, float], float, float]]:
@@ -264,7 +265,7 @@ class _Counts:
 
 @contextlib.contextmanager
 def _ray(address: str | None) -> Iterator[None]:
-    """A connection to Ray, ended with the job unless it was there before."""
+    """A connection to Ray. It is closed after the job, unless the caller had opened it."""
     if ray.is_initialized():
         yield
         return
@@ -286,7 +287,7 @@ def _ray(address: str | None) -> Iterator[None]:
 
 
 def _check_reachable(address: str | None) -> None:
-    """Ray itself tries for minutes, and says so over many lines."""
+    """Check the address first, because Ray itself tries for minutes and prints many lines."""
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None or address in ("auto", "local"):
         return
@@ -307,12 +308,12 @@ def _check_reachable(address: str | None) -> None:
 
 
 def replica_resources(replicas: int, ranks: int) -> dict[str, float]:
-    """What one actor asks Ray for.
+    """The resources that one actor asks Ray for.
 
     An actor lives on one node, and so do the GPUs of its ranks.
 
     Raises:
-        UserError: the cluster does not have it; the message counts what is asked for and there.
+        UserError: the cluster has less. The message says how much is needed and how much it has.
     """
     from vllm.platforms import current_platform
 
@@ -335,7 +336,7 @@ def replica_resources(replicas: int, ranks: int) -> dict[str, float]:
 
 
 def _environment() -> dict[str, str]:
-    """Variables that the replicas need on whatever node they are."""
+    """Environment variables that every replica needs, on any node."""
     names = ("PROXY_VLLM_CPU_RUNNER", "VLLM_LOGGING_LEVEL", "HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS")
     return {name: os.environ[name] for name in names if name in os.environ}
 
@@ -346,7 +347,7 @@ def _proxy_config(arguments: dict[str, Any]) -> ProxyConfig:
 
 
 def _validate_trio(arguments: dict[str, Any]) -> None:
-    """Say here what is wrong with the members, before any replica starts."""
+    """Check the members here, before any replica starts."""
     from proxy_vllm.plugin import register
     from proxy_vllm.validate import validate_trio
 
@@ -356,7 +357,7 @@ def _validate_trio(arguments: dict[str, Any]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The last cause, without Ray's traceback around it."""
+    """The innermost cause of an error, without Ray's traceback around it."""
     while True:
         inner = getattr(error, "cause", None) or error.__cause__
         if not isinstance(inner, BaseException):

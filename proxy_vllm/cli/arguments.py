@@ -167,11 +167,13 @@ def name_base(args: argparse.Namespace, proxy: Any) -> None:
         args.served_model_name = [proxy.remote_base.model]
 
 
-def apply_to_namespace(args: argparse.Namespace) -> None:
+def apply_to_namespace(args: argparse.Namespace, *, steers_remote_base: bool = False) -> None:
     """Check the trio and write it into vLLM's own options, in place.
 
     Args:
         args: what vLLM's parser with ``add_proxy_arguments`` parsed; ``args.model`` is the base.
+        steers_remote_base: whether the caller steers a base elsewhere. An engine that is not told to
+            would answer as if the antiexpert were the base.
 
     Raises:
         UserError: members that do not fit together or cannot be read.
@@ -179,6 +181,8 @@ def apply_to_namespace(args: argparse.Namespace) -> None:
     from proxy_vllm.engine_args import prepare_engine_args
 
     proxy = proxy_config(args)
+    if proxy.remote_base is not None and not steers_remote_base:
+        raise UserError("--base-url is for `proxy-vllm serve` and `proxy-vllm generate`")
     name_base(args, proxy)
     kwargs = prepare_engine_args(
         vars(args),

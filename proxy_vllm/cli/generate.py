@@ -226,6 +226,8 @@ def ray_job(args: argparse.Namespace, llm: dict[str, Any], lines: LineOptions) -
 
     if "-" in (*args.input, args.output):
         raise UserError("--replicas reads files and folders and writes a folder: - is none")
+    if llm.get("base_url"):
+        raise UserError("--replicas: one engine is enough for a base elsewhere (--base-url)")
     return RayJob(
         sources=args.input,
         target=args.output,

@@ -23,7 +23,7 @@ class ProxyServeSubcommand(ServeSubcommand):
     @staticmethod
     def cmd(args: argparse.Namespace) -> None:
         _check_tls_files(args)
-        apply_to_namespace(args)
+        apply_to_namespace(args, steers_remote_base=True)
         end_with_engines()
         # Requests with an alpha that cannot run are answered 400 before they reach the engine.
         args.middleware = [*args.middleware, "proxy_vllm.server.admission.AdmissionMiddleware"]

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 _EXCLUDED = {
     "speculative_config": "--speculative-config",
     "enable_prompt_embeds": "--enable-prompt-embeds",
+    "headless": "--headless",
+    "grpc": "--grpc",
 }
 
 
