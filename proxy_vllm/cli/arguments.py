@@ -172,7 +172,7 @@ def apply_to_namespace(args: argparse.Namespace, *, steers_remote_base: bool = F
 
     Args:
         args: what vLLM's parser with ``add_proxy_arguments`` parsed; ``args.model`` is the base.
-        steers_remote_base: whether the caller steers a base elsewhere. An engine that is not told to
+        steers_remote_base: whether the caller steers a base elsewhere. Without that, an engine
             would answer as if the antiexpert were the base.
 
     Raises:
