@@ -96,7 +96,7 @@ def test_answers_are_those_of_the_whole_distribution(url):
         return choices, best
 
     choices, best = asyncio.run(run())
-    # Text that would be split into other tokens is not certified, and such are among the raised ones.
+    # Text that would be split into other tokens is not certified, and raised tokens make such text.
     assert sum(c.certified for c in choices) >= TOKENS // 2
     for choice, truth in zip(choices, best):
         if choice.certified:
