@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import subprocess
@@ -21,6 +22,15 @@ SMALL = {"hidden": 32, "heads": 1, "layers": 1}
 
 class Started(Exception):
     """Every check has passed, and a server would start now."""
+
+
+@pytest.fixture(autouse=True)
+def quiet_logging(monkeypatch):
+    """vLLM's log handler holds the stream of an earlier test, since commands run in this process.
+
+    pytest has closed it, and each message would print a traceback of its own.
+    """
+    monkeypatch.setattr(logging, "raiseExceptions", False)
 
 
 @pytest.fixture(autouse=True)
