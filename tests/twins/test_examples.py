@@ -33,6 +33,8 @@ def nothing_starts(monkeypatch):
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     from proxy_vllm.cli import bench, demo, generate
+    from proxy_vllm.remote_base import async_llm
+    from proxy_vllm.remote_base import start as remote_base
 
     def start(*args, **kwargs):
         raise Started
@@ -40,6 +42,9 @@ def nothing_starts(monkeypatch):
     monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(start))
     monkeypatch.setattr(generate, "start_llm", start)
     monkeypatch.setattr(bench, "_call", start)
+    monkeypatch.setattr(async_llm, "run_server", start)
+    # No endpoint of an example exists; tests/remote_base asks real ones.
+    monkeypatch.setattr(remote_base, "probe", lambda settings, *args: settings)
     for command in demo.cmd_init():
         monkeypatch.setattr(type(command), "cmd", staticmethod(start))
 
