@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-v1 test-kernels test-v2 test-device test-slow lint types format hooks \
+.PHONY: help demo quick test test-v1 test-rest test-kernels test-v2 test-device test-slow lint types format hooks \
   setup install clean
 
 help:  ## this list
@@ -25,14 +25,19 @@ quick: setup  ## unit tests, which start no engine (a minute)
 # Two suites at once: an engine of the tests has one thread.
 test: setup  ## the whole suite, on both runners
 	@echo "Two suites run at once, and each is printed when it ends; make test-v1 shows one as it runs."
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-v1 test-kernels test-v2 test-device
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line --keep-going \
+	  test-v1 test-rest test-kernels test-v2 test-device
 
 # The runner is chosen when Triton is imported, so the suite runs in a process for each runner, and
 # one for the kernels. What does not depend on the runner runs once.
 RUNNER_FREE := bench_cli_e2e bench_multi_gpu bench_own_prompts demo_e2e generate plan_e2e ray_batch \
   remote_base server wheel
-test-v1: setup  ## unit, compat and end-to-end tests on vLLM's V1 runner (CPU users)
-	$(BIN)/python -m pytest tests --ignore=tests/kernels -m "not slow"
+test-v1: setup  ## end-to-end tests on vLLM's V1 runner (CPU users)
+	$(BIN)/python -m pytest tests/e2e -m "not slow"
+
+test-rest: setup  ## unit tests, compat, twins of real families, bases elsewhere: on vLLM's V1 runner
+	$(BIN)/python -m pytest tests --ignore=tests/kernels --ignore=tests/e2e --ignore=tests/pretended_device \
+	  -m "not slow"
 
 test-kernels: setup  ## the Triton kernels, in Triton's interpreter
 	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/kernels -m "not slow"
