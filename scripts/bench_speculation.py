@@ -14,12 +14,16 @@ Systems, each an engine in a process of its own:
     base_drafted the base alone, with the small model as vLLM's draft model: the peer to beat
 
 Trios: `demo`, the trained one in the box; `ceiling`, a base of 134M parameters and small models of
-23M that nearly always agree on the next token, so that drafts gain the most they can. All engines
-of a trio live at once and take turns, forth and back: a ratio is of runs seconds apart.
+23M that nearly always agree on the next token, so that drafts gain the most they can; `ceiling-8b`,
+the same with shapes of 8B and 1B, for a GPU. All engines of a trio live at once and take turns,
+forth and back: a ratio is of runs seconds apart. Three engines of `ceiling-8b` fit into 80 GB:
+
+    python scripts/bench_speculation.py --trios ceiling-8b --modes compiled --batches 1 64 \\
+        --systems base expert base_drafted --engine-args '{"kv_cache_memory_bytes": 2147483648}'
 
 Before anything is timed, answers with drafts must be those without, token by token: of `expert`,
 `auto` and `second_copy` those of `proxy`, of `base_drafted` those of `base`. Otherwise nothing is
-reported.
+reported. A system whose plain form does not run is not compared: `same_tokens_as` says which were.
 """
 
 import argparse
@@ -41,19 +45,24 @@ from bench_common import (
     random_prompts,
     script_argv,
 )
+from bench_step import SHAPES
 
 SYSTEMS = ("base", "proxy", "expert", "auto", "second_copy", "base_drafted")
 PLAIN = {"expert": "proxy", "auto": "proxy", "second_copy": "proxy", "base_drafted": "base"}
 PROMPT = 64
-_CEILING = {
-    "base": {"hidden": 768, "intermediate": 2048, "layers": 12, "heads": 12, "seed": 1},
-    "expert": {"hidden": 256, "intermediate": 704, "layers": 8, "heads": 4, "seed": 2},
-    "antiexpert": {"hidden": 256, "intermediate": 704, "layers": 8, "heads": 4, "seed": 3},
+_SHAPES_134M = {
+    "base": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
+             "num_attention_heads": 12, "vocab_size": 32000},
+    "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8,
+              "num_attention_heads": 4, "vocab_size": 32000},
+}  # fmt: skip
+_CEILINGS = {
+    "ceiling": _SHAPES_134M,
+    "ceiling-8b": {"base": SHAPES["8b"], "small": SHAPES["1b"]},
 }
-_VOCAB = 32000
 
 
-def write_ceiling(root: Path) -> list[str]:
+def write_ceiling(root: Path, shapes: dict[str, dict]) -> list[str]:
     """Three models of which base and expert say ``next[token]``, whatever came before.
 
     Layers write little into the residual stream, and the head looks for the embedding of the token
@@ -62,21 +71,20 @@ def write_ceiling(root: Path) -> list[str]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    follows = torch.randperm(_VOCAB, generator=torch.Generator().manual_seed(0))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vocab_size = shapes["base"]["vocab_size"]
+    follows = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0)).to(device)
     folders = []
-    for role, shape in _CEILING.items():
-        torch.manual_seed(shape["seed"])
+    for seed, role in enumerate(("base", "expert", "antiexpert"), 1):
+        torch.manual_seed(seed)
+        shape = shapes["base" if role == "base" else "small"]
         config = LlamaConfig(
-            vocab_size=_VOCAB,
-            hidden_size=shape["hidden"],
-            intermediate_size=shape["intermediate"],
-            num_hidden_layers=shape["layers"],
-            num_attention_heads=shape["heads"],
-            num_key_value_heads=shape["heads"],
+            **{**shape, "tie_word_embeddings": False},
             max_position_embeddings=1024,
-            tie_word_embeddings=False,
+            dtype=torch.bfloat16,
         )
-        model = LlamaForCausalLM(config)
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
         with torch.no_grad():
             table = model.model.embed_tokens.weight.normal_()
             model.lm_head.weight[follows] = table
@@ -87,14 +95,17 @@ def write_ceiling(root: Path) -> list[str]:
                 layer.mlp.down_proj.weight *= 0.05
         folder = root / role
         model.to(torch.bfloat16).save_pretrained(folder)
+        del model
         folders.append(str(folder))
+    if device == "cuda":
+        torch.cuda.empty_cache()
     return folders
 
 
 def models_of(trio: str, root: Path) -> tuple[list[str], str]:
     """Folders of base, expert and antiexpert, and the type that they run in."""
-    if trio == "ceiling":
-        return write_ceiling(root), "bfloat16"
+    if trio in _CEILINGS:
+        return write_ceiling(root, _CEILINGS[trio]), "bfloat16"
     from proxy_vllm.demo import model_path
 
     return [str(model_path(role)) for role in ("base", "expert", "antiexpert")], "float32"
@@ -167,8 +178,9 @@ def measure(trio: str, mode: str, root: Path, args: argparse.Namespace) -> dict:
     try:
         engines = {s: child(start, s, models, dtype, mode, args) for s, child in children.items()}
         given = {s: child(answers, args) for s, child in children.items()}
-        for system, plain in PLAIN.items():
-            if system in given and plain in given and given[system] != given[plain]:
+        same = {s: plain for s, plain in PLAIN.items() if s in given and plain in given}
+        for system, plain in same.items():
+            if given[system] != given[plain]:
                 sys.exit(
                     f"bench_speculation.py: error: {trio}, {mode}: tokens of {system} are not those"
                     f" of {plain}"
@@ -191,7 +203,7 @@ def measure(trio: str, mode: str, root: Path, args: argparse.Namespace) -> dict:
         "trio": trio,
         "mode": mode,
         "dtype": dtype,
-        "same_tokens": True,
+        "same_tokens_as": same,
         "engines": engines,
         "acceptance": accepted,
         "batches": {
@@ -213,7 +225,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--trios", nargs="+", choices=["demo", "ceiling"], default=["demo", "ceiling"])
+    add("--trios", nargs="+", choices=["demo", *_CEILINGS], default=["demo", "ceiling"])
     add("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     add("--batches", nargs="+", type=int, default=[1, 8])

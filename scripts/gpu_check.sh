@@ -39,6 +39,9 @@ step step_fused_head 480 '$python scripts/bench_step.py --repeats 3 --systems pr
     '--json $out/step_fused_head.json'
 step draft_tests 590 pytest_json draft_tests tests/e2e/test_speculation.py -m "'not slow'"
 step speculation_bench 590 '$python scripts/bench_speculation.py --json $out/speculation.json'
+step speculation_8b 590 '$python scripts/bench_speculation.py --json $out/speculation_8b.json' \
+    '--trios ceiling-8b --modes compiled --batches 1 64 --systems base expert base_drafted --repeats 2' \
+    "--engine-args '{\"kv_cache_memory_bytes\": 2147483648}'"
 step own_prompts_bench 480 '$python scripts/bench_own_prompts.py --json $out/own_prompts_bench.json'
 
 if [ "${STEPS:-}" = list ]; then
