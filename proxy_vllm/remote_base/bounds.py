@@ -30,12 +30,15 @@ class BaseRow:
         ceiling: no token outside ``ids`` has a larger log-probability. The smallest reported one,
             or 0 where likelier tokens may be missing (two tokens with one text, for example).
         token: the base's own choice, if the endpoint named it.
+        beaten: token ids ``[n]`` whose steered score is not above that of ``token``: the endpoint
+            added their shifts and compared them.
     """
 
     ids: np.ndarray  # [k] int64
     logprobs: np.ndarray  # [k] float64
     ceiling: float = 0.0
     token: int | None = None
+    beaten: np.ndarray | None = None  # [n] int64
 
     @classmethod
     def of_top(cls, ids: np.ndarray, logprobs: np.ndarray, token: int | None = None) -> "BaseRow":
@@ -61,7 +64,21 @@ class BaseRow:
             np.concatenate([self.logprobs, logprobs[new]]),
             self.ceiling,
             self.token,
+            self.beaten,
         )
+
+    def after_comparison(self, compared: np.ndarray) -> "BaseRow":
+        """The row of an answer whose ``token`` won among ``compared``, each with its shift added.
+
+        The winner is reported though it may be none of the likeliest, so the others alone say how
+        likely a token can be that is not reported.
+        """
+        ceiling = 0.0
+        if self.ceiling < 0:
+            ceiling = float(self.logprobs[self.ids != self.token].min(initial=0.0))
+        # A base that is surer than the biases keep apart chose another token.
+        won = self.token in compared and self.token in self.ids
+        return BaseRow(self.ids, self.logprobs, ceiling, self.token, compared if won else None)
 
 
 class SteeredRow:
@@ -78,8 +95,16 @@ class SteeredRow:
         self.scores = base.logprobs + shift[base.ids]
         self.bound = base.bound
         # Upper bounds of the scores outside; what is inside is left out of them.
-        self.outside = self.bound + shift
-        self.outside[base.ids] = -np.inf
+        self._shift_outside = shift.copy()
+        self._shift_outside[base.ids] = -np.inf
+        self.outside = self.bound + self._shift_outside
+        # Tokens outside that may still win. Those that lost to a known token do not.
+        self._open = self.outside
+        if base.beaten is not None:
+            winner = self.scores[base.ids == base.token].max()
+            self.outside[base.beaten] = np.minimum(self.outside[base.beaten], winner)
+            self._open = self.outside.copy()
+            self._open[base.beaten] = -np.inf
 
     @property
     def covers_all(self) -> bool:
@@ -95,16 +120,16 @@ class SteeredRow:
         best = self.best()
         score = self.scores[best]
         others = np.delete(self.scores, best)
-        certain = np.isfinite(score) and score > self.outside.max(initial=-np.inf) + MARGIN
+        certain = np.isfinite(score) and score > self._open.max(initial=-np.inf) + MARGIN
         certain = certain and score > others.max(initial=-np.inf) + MARGIN
         return int(self.base.ids[best]), bool(certain)
 
     def challengers(self) -> np.ndarray:
         """Token ids outside that could still beat the best known one, the likeliest first."""
         score = self.scores[self.best()]
-        ids = np.flatnonzero(self.outside + MARGIN >= score)
-        ids = ids[np.isfinite(self.outside[ids])]
-        return ids[np.argsort(-self.outside[ids], kind="stable")]
+        ids = np.flatnonzero(self._open + MARGIN >= score)
+        ids = ids[np.isfinite(self._open[ids])]
+        return ids[np.argsort(-self._open[ids], kind="stable")]
 
     def cut_mass(self, temperature: float = 1.0) -> float:
         """An upper bound of the steered probability of all tokens that are not known.
@@ -123,14 +148,11 @@ class SteeredRow:
         outside = each.sum()
         if temperature == 1.0:
             # The unknown tokens share `rest`: worst where those that are raised most hold it.
-            order = np.argsort(-self.shift_outside())
+            order = np.argsort(-self._shift_outside)
             share = np.minimum(np.exp(self.bound), self._shares_left(len(order)))
-            weights = share * np.exp(self.shift_outside()[order] - top)
+            weights = share * np.exp(self._shift_outside[order] - top)
             outside = min(outside, weights.sum())
         return float(outside / (outside + inside))
-
-    def shift_outside(self) -> np.ndarray:
-        return self.outside - self.bound
 
     def _shares_left(self, count: int) -> np.ndarray:
         """What is left of ``rest`` for the n-th token if those before it took the most they can."""

@@ -101,6 +101,27 @@ class Endpoint:
             raise self._error(f"it answered {len(rows)} of {len(prefixes)} prompts")
         return rows
 
+    async def compared_row(
+        self, ids: Sequence[int], bias: dict[int, float], usage: Usage
+    ) -> BaseRow:
+        """The base's row after ``ids``, and which of some tokens wins with its bias: in one call.
+
+        Only where ``settings.compares``.
+        """
+        named = {str(token): value for token, value in bias.items()}
+        body = request_body(
+            self._dialect(),
+            self.settings.model,
+            self._prompt(ids),
+            1,
+            self._top(),
+            logit_bias=named,
+        )
+        rows = self._read(await self._post(body, usage))
+        if len(rows) != 1:
+            raise self._error("it answered without a row of log-probabilities")
+        return rows[0].after_comparison(np.array(list(bias), dtype=np.int64))
+
     async def rows(
         self, ids: Sequence[int], max_tokens: int, usage: Usage
     ) -> AsyncGenerator[BaseRow, None]:
@@ -181,7 +202,14 @@ class Endpoint:
         if self.dialect.naming == "token_id":
             await self._compare_texts(ids, row)
         top = -1 if self.top == self.vocab_size else self.top
-        return replace(self.settings, dialect=self.dialect.name, top_logprobs=top)
+        compares = (
+            self.settings.drafts > 0
+            and len(row.ids) < self.vocab_size
+            and await self._compares(ids, row)
+        )
+        return replace(
+            self.settings, dialect=self.dialect.name, top_logprobs=top, compares=compares
+        )
 
     async def _probe_row(self, ids: list[int]) -> BaseRow:
         usage = Usage()
@@ -193,6 +221,21 @@ class Endpoint:
         # Endpoints differ in how many they report at most; five is what all of them do.
         self.top = 5
         return await self.row(ids, usage)
+
+    async def _compares(self, ids: list[int], row: BaseRow) -> bool:
+        """Whether biases choose the token and leave the reported row as it is."""
+        if self._dialect().naming not in ("token_id", "id"):
+            return False  # text may not say which token won
+        raised = next(token for token in range(self.vocab_size) if token not in row.ids)
+        try:
+            biased = await self.compared_row(ids, {raised: 100.0}, Usage())
+        except BaseUnavailable:
+            return False  # no biases there
+        known = dict(zip(biased.ids.tolist(), biased.logprobs.tolist()))
+        return biased.token == raised and all(
+            abs(known.get(token, 1.0) - logprob) < 1e-3
+            for token, logprob in zip(row.ids.tolist(), row.logprobs.tolist())
+        )
 
     async def _compare_texts(self, ids: list[int], row: BaseRow) -> None:
         """Ids are only numbers: their text must be what our tokenizer makes of them."""

@@ -25,6 +25,8 @@ class RemoteBase:
         max_questions: extra questions for one token in ``exact`` mode.
         drafts: tokens that the expert writes ahead and the base scores in the same trip; fewer
             trips, more prompt tokens. 0 is off.
+        compares: the endpoint reports a row as it is though ``logit_bias`` is given, so that one
+            call is a row and a question. Found out at the start.
         concurrency: trips at once: a stream, and the questions about its tokens.
         timeout: seconds without an answer after which a call is tried again.
         retries: of a call that failed; ``Retry-After`` is heeded.
@@ -40,6 +42,7 @@ class RemoteBase:
     top_logprobs: int = 20
     max_questions: int = 4
     drafts: int = 0
+    compares: bool = False
     concurrency: int = 32
     timeout: float = 60.0
     retries: int = 4

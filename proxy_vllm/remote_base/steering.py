@@ -23,6 +23,8 @@ _FIRST_QUESTION = 16
 _LARGEST_QUESTION = 128  # vLLM's own limit for logprob_token_ids
 # OpenAI's logit_bias takes values between -100 and 100.
 _BIAS = 100.0
+# Tokens that are compared along with a draft's row, those that the pair raises most.
+_COMPARED = 300
 # In exact mode, a sampled token's distribution may leave out so much.
 _ENOUGH_MASS = 1e-3
 
@@ -115,7 +117,7 @@ class Steering:
         exact_reading = endpoint.reads_alike(ids)
         # While the base's answer travels, the pair works on the same position.
         shift = asyncio.ensure_future(self.shift(ids))
-        rows = self._rows(ids, max_tokens - started)
+        rows = self._rows(ids, output, max_tokens - started)
         try:
             async with aclosing(rows):
                 async for row, expected in rows:
@@ -135,7 +137,7 @@ class Steering:
             shift.cancel()
 
     async def _rows(
-        self, ids: list[int], left: int
+        self, ids: list[int], output: list[int], left: int
     ) -> AsyncGenerator[tuple[BaseRow, int | None], None]:
         """Rows of the base, each with the token that the next row comes after.
 
@@ -150,13 +152,13 @@ class Steering:
         count = min(endpoint.settings.drafts, left - 1)
         if self.draft is not None and count > 0:
             drafts = await self.draft(ids, count)
+        prefixes = [drafts[:i] for i in range(len(drafts))]
         stream = endpoint.rows([*ids, *drafts], left - len(drafts), self.usage)
         async with aclosing(stream):
             if drafts:
                 first = asyncio.ensure_future(anext(stream, None))
                 try:
-                    prefixes = [[*ids, *drafts[:i]] for i in range(len(drafts))]
-                    scored = await endpoint.rows_after(prefixes, self.usage)
+                    scored = await self._scored(ids, list(output), prefixes)
                     for row, token in zip(scored, drafts):
                         yield row, token
                     after = await first
@@ -168,6 +170,25 @@ class Steering:
                 yield after, after.token
             async for row in stream:
                 yield row, row.token
+
+    async def _scored(
+        self, ids: list[int], output: list[int], drafted: list[list[int]]
+    ) -> list[BaseRow]:
+        """The base's rows behind the drafts; where it can be, each with its question answered."""
+        endpoint = self.endpoint
+        if not (endpoint.settings.compares and self._exact and self.params.temperature == 0):
+            return await endpoint.rows_after([[*ids, *tokens] for tokens in drafted], self.usage)
+
+        async def compared(tokens: list[int]) -> BaseRow:
+            after = [*ids, *tokens]
+            shift = self._adjustments.apply(await self.shift(after), [*output, *tokens])
+            raised = np.argsort(-shift)[: min(_COMPARED, endpoint.max_biases)]
+            raised = raised[shift[raised] > shift[raised[0]] - _BIAS / 2]
+            if not len(raised):
+                return await endpoint.row(after, self.usage)
+            return await endpoint.compared_row(after, _biases(raised, shift), self.usage)
+
+        return list(await asyncio.gather(*map(compared, drafted)))
 
     def _base_ended(self) -> Choice:
         """The base's end where its row is not reported: taken as it is, and not certified."""
@@ -243,7 +264,10 @@ class Steering:
         return int(candidates[0])
 
     async def _argmax(self, ids: list[int], steered: SteeredRow, tokens: np.ndarray) -> int:
-        shifts = steered.shift[tokens]
-        biases = shifts - shifts.max() + _BIAS
-        named = dict(zip(tokens.tolist(), biases.tolist()))
-        return await self.endpoint.argmax(ids, named, self.usage)
+        return await self.endpoint.argmax(ids, _biases(tokens, steered.shift), self.usage)
+
+
+def _biases(tokens: np.ndarray, shift: np.ndarray) -> dict[int, float]:
+    """Biases that compare ``tokens`` by their steered scores, and keep all others out."""
+    biases = shift[tokens] - shift[tokens].max() + _BIAS
+    return dict(zip(tokens.tolist(), biases.tolist()))

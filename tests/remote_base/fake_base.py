@@ -58,10 +58,19 @@ class FakeBase:
         limit: it reports fewer than asked, as some do.
         spoil: half of the rows are the base's choice and a filling, as vLLM's V1 runner gives them
             when another request of its batch asks for tokens by id.
+        biased_rows: it reports log-probabilities that ``logit_bias`` has changed.
     """
 
-    def __init__(self, faults=(), top: int = 1000, limit: int = 10**6, spoil: bool = False) -> None:
+    def __init__(
+        self,
+        faults=(),
+        top: int = 1000,
+        limit: int = 10**6,
+        spoil: bool = False,
+        biased_rows: bool = False,
+    ) -> None:
         self.faults, self.top, self.limit, self.spoil = list(faults), top, limit, spoil
+        self.biased_rows = biased_rows
         self.calls: Counter[str] = Counter()
         self.closed_early = 0
         self.keys: set[str | None] = set()
@@ -86,6 +95,8 @@ class FakeBase:
         biased = row.copy()
         for token, bias in (body.get("logit_bias") or {}).items():
             biased[int(token)] += bias
+        if self.biased_rows:
+            row = biased - np.logaddexp.reduce(biased)
         top = np.argsort(-row)[: min(body["logprobs"], self.limit)]
         if body.get("logprob_token_ids"):
             top = np.array(body["logprob_token_ids"])
@@ -93,7 +104,7 @@ class FakeBase:
         named: dict[str, float] = {}
         if self.spoil and len(ids) % 2 and not body.get("logprob_token_ids"):
             return token, {self.name(token, body): float(row[token]), self.name(0, body): -9999.0}
-        for t in top.tolist():
+        for t in [*top.tolist(), token]:
             named.setdefault(self.name(t, body), float(row[t]))
         return token, named
 

@@ -48,7 +48,7 @@ def answer(base: FakeBase, params: SamplingParams, count: int, prompts=(PROMPT,)
     async def run(url: str):
         endpoint = Endpoint(settings(url, **more), base.tokenizer, VOCAB)
         try:
-            await endpoint.probe()
+            endpoint.settings = await endpoint.probe()
 
             async def pair(ids):
                 await asyncio.sleep(0)
@@ -157,11 +157,38 @@ def test_drafts_change_no_token_and_save_trips():
     assert trips[0] < trips[1]
 
 
-def test_penalties_and_biases_are_part_of_the_shift():
-    params = SamplingParams(
-        temperature=0, presence_penalty=0.7, frequency_penalty=0.3, logit_bias={5: 9.0, 6: -50.0}
-    )
-    ((choices, _),), _ = answer(FakeBase(), params, 10, top_logprobs=5)
+@pytest.mark.parametrize("biased_rows", [False, True])
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_rows_of_drafts_come_with_their_question_answered(k, biased_rows):
+    prompts = [[i, i + 1] for i in range(8)]
+    base = FakeBase(biased_rows=biased_rows)
+    settings = {"top_logprobs": k, "max_questions": 6}
+    drafted, endpoint = answer(base, GREEDY, 12, prompts, drafts=6, **settings)
+    assert endpoint.settings.compares != biased_rows
+    plain, _ = answer(FakeBase(), GREEDY, 12, prompts, **settings)
+    for prompt, (choices, _) in zip(prompts, drafted):
+        output: list[int] = []
+        assert all(c.certified for c in choices)
+        assert [c.token for c in choices] == truth(GREEDY, 12, prompt)
+        for choice in choices:
+            scores = logprobs([*prompt, *output]) + shift([*prompt, *output])
+            probs = np.exp(scores - np.logaddexp.reduce(scores))
+            assert probs[~np.isin(np.arange(VOCAB), choice.ids)].sum() <= choice.cut_mass + 1e-6
+            output.append(choice.token)
+    questions = [sum(s.usage.questions for _, s in answers) for answers in (drafted, plain)]
+    if not biased_rows:
+        assert questions[0] < questions[1] / 2
+
+
+PENALTIES = SamplingParams(
+    temperature=0, presence_penalty=0.7, frequency_penalty=0.3, logit_bias={5: 9.0, 6: -50.0}
+)
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_penalties_and_biases_are_part_of_the_shift(drafts):
+    params = PENALTIES
+    ((choices, _),), _ = answer(FakeBase(), params, 10, top_logprobs=5, drafts=drafts)
     assert [c.token for c in choices] == truth(params, 10)
     assert 5 in [c.token for c in choices]
 
