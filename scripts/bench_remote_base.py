@@ -26,7 +26,8 @@ import bench_common
 import torch
 from multi_gpu.processes import servers
 from reference_loop import Trio, greedy
-from remote_base_bench.latency_proxy import LatencyProxy, serving
+from remote_base_bench.latency_proxy import LatencyProxy
+from remote_base_bench.serving import serving
 
 ROLES = ("base", "expert", "antiexpert")
 LARGE_VOCABULARY = 49152
@@ -199,7 +200,7 @@ def bench_trio(
     roles = ROLES if figures else ROLES[:1]
     with plain_servers(models, roles) as targets, contextlib.ExitStack() as stack:
         proxies = {role: LatencyProxy(url) for role, url in targets.items()}
-        urls = {role: stack.enter_context(serving(proxy)) for role, proxy in proxies.items()}
+        urls = {role: stack.enter_context(serving(proxy.app)) for role, proxy in proxies.items()}
         llm = ProxyLLM(
             expert=models["expert"],
             antiexpert=models["antiexpert"],

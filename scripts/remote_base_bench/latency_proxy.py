@@ -1,13 +1,9 @@
 """A reverse proxy that makes every call wait as over a long way, and counts calls and bytes."""
 
 import asyncio
-import contextlib
-import threading
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import httpx
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -56,19 +52,3 @@ class LatencyProxy:
         return StreamingResponse(
             parts(), answer.status_code, {"content-type": answer.headers["content-type"]}
         )
-
-
-@contextlib.contextmanager
-def serving(proxy: LatencyProxy) -> Iterator[str]:
-    """The URL of the running proxy."""
-    server = uvicorn.Server(uvicorn.Config(proxy.app, port=0, log_level="critical"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join(timeout=10)

@@ -6,13 +6,11 @@ position. It speaks vLLM's dialect with token ids, or names tokens by text.
 
 import asyncio
 import json
-import threading
-import time
 from collections import Counter
 from contextlib import contextmanager
 
 import numpy as np
-import uvicorn
+from remote_base_bench.serving import serving as serving_app
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
@@ -161,16 +159,5 @@ class FakeBase:
 @contextmanager
 def serving(base: FakeBase):
     """The URL of a running server."""
-    config = uvicorn.Config(base.app, port=0, log_level="critical")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.should_exit = True
-        server.force_exit = True
-        thread.join(timeout=10)
+    with serving_app(base.app) as url:
+        yield f"{url}/v1"
