@@ -20,8 +20,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# On a GPU: attention in Triton multiplies float32 as it is, not as TF32; cuBLAS does so anyway.
-os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 # On a GPU: float32 attention as exact as its reference. Triton's default there is TF32.
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 

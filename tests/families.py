@@ -10,11 +10,8 @@ VOCAB = 111
 LAYERS = 4
 SLIDES, FULL = "sliding_attention", "full_attention"
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-LATENT = {
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
+LOCAL_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED_MOE = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
@@ -22,6 +19,13 @@ LATENT = {
     "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
+}
+LATENT = {
+    **ROUTED_MOE,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
 }
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
 LINEAR = {
@@ -48,16 +52,19 @@ def config_of(family: str, small: bool = False) -> Any:
 
     window = {"sliding_window": 8 if small else 16}
     mixed = {**window, "layer_types": [SLIDES, SLIDES, SLIDES, FULL]}
-    shape = {
+    every = {
         "vocab_size": VOCAB,
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 1,
         "pad_token_id": 0,
-        "initializer_range": 0.2,
         "hidden_size": 64,
-        "intermediate_size": 128,
         "num_hidden_layers": LAYERS,
+    }
+    shape = {
+        **every,
+        "initializer_range": 0.2,
+        "intermediate_size": 128,
         "num_attention_heads": 2,
         "num_key_value_heads": 1 if small else 2,
         "head_dim": 32,
@@ -89,9 +96,8 @@ def config_of(family: str, small: bool = False) -> Any:
         "gpt_oss": lambda: hf.GptOssConfig(
             **shape,
             **window,
+            **LOCAL_MOE,
             layer_types=[SLIDES, FULL] * 2,
-            num_local_experts=4,
-            num_experts_per_tok=2,
         ),
         "llama4": lambda: hf.Llama4TextConfig(
             **shape,
@@ -104,23 +110,12 @@ def config_of(family: str, small: bool = False) -> Any:
             interleave_moe_layer_step=2,
             use_qk_norm=True,
         ),
-        "mixtral": lambda: hf.MixtralConfig(
-            **shape, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
-        ),
+        "mixtral": lambda: hf.MixtralConfig(**shape, **LOCAL_MOE, sliding_window=None),
         "qwen3_moe": lambda: hf.Qwen3MoeConfig(
             **shape, **MOE, decoder_sparse_step=1, norm_topk_prob=True
         ),
         "olmoe": lambda: hf.OlmoeConfig(**headless, num_experts=4, num_experts_per_tok=2),
-        "glm4_moe": lambda: hf.Glm4MoeConfig(
-            **shape,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=64,
-            first_k_dense_replace=1,
-            n_group=1,
-            topk_group=1,
-            n_shared_experts=1,
-        ),
+        "glm4_moe": lambda: hf.Glm4MoeConfig(**shape, **ROUTED_MOE),
         "deepseek_v2": lambda: hf.DeepseekV2Config(
             **latent, q_lora_rank=None, topk_method="greedy", head_dim=64
         ),
@@ -148,18 +143,7 @@ def config_of(family: str, small: bool = False) -> Any:
         ),
         "falcon_h1": lambda: hf.FalconH1Config(**shape, **MAMBA, mamba_d_ssm=128),
         "mamba2": lambda: hf.Mamba2Config(
-            vocab_size=VOCAB,
-            hidden_size=64,
-            num_hidden_layers=LAYERS,
-            num_heads=4,
-            head_dim=32,
-            state_size=16,
-            n_groups=1,
-            expand=2,
-            bos_token_id=1,
-            eos_token_id=1,
-            pad_token_id=0,
-            tie_word_embeddings=False,
+            **every, num_heads=4, head_dim=32, state_size=16, n_groups=1, expand=2
         ),
         "lfm2": lambda: hf.Lfm2Config(
             **headless,
