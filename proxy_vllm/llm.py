@@ -135,7 +135,8 @@ class ProxyLLM(LLM):
 
         engine: Any = self.llm_engine
         endpoint = endpoint_of(engine.vllm_config)
-        engine.engine_core = SteeredCore(engine.engine_core, engine.vllm_config, endpoint)
+        states = engine.output_processor.request_states
+        engine.engine_core = SteeredCore(engine.engine_core, engine.vllm_config, endpoint, states)
 
     def _beam_search_step(  # type: ignore[override]  # vLLM calls it by keyword
         self,

@@ -418,6 +418,12 @@ class _Surface:
         else:
             fields, whose = dict(self.user_generation), f"--generation-config {self.source}'s"
         fields.pop("eos_token_id", None)
+        # A default must not make every request one that is refused.
+        if self.proxy.remote_base is not None and fields.pop("repetition_penalty", 1) != 1:
+            self.warnings.append(
+                f"{whose} sampling defaults have a repetition_penalty, which is left out: it needs"
+                " the base's whole distribution, of which an endpoint reports the top"
+            )
         self.told.append(f"{whose} sampling defaults")
         shown = ", ".join(
             f"{self._named_end(index)} of {self.ends_named_by[index]}" for index in self.ends

@@ -10,4 +10,5 @@
 | `pair.py` | the local pair's shift, from an engine without a base |
 | `steering.py` | one request, token by token |
 | `engine_core.py` | requests as tasks behind vLLM's front ends |
+| `reports.py`, `answers.py` | what an answer says about its tokens; the same over HTTP |
 """

@@ -28,7 +28,11 @@ class RemoteBaseLLM(AsyncLLM):
     def steer(self, endpoint: Endpoint) -> None:
         """Answer requests with this base from now on; called within the event loop."""
         self.engine_core = AsyncSteeredCore(
-            self.engine_core, self.vllm_config, endpoint, self._fail
+            self.engine_core,
+            self.vllm_config,
+            endpoint,
+            self.output_processor.request_states,
+            self._fail,
         )
         self._run_output_handler()
 

@@ -9,7 +9,7 @@ core that vLLM made runs behind it, with the pair's requests alone.
 import asyncio
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -25,14 +25,12 @@ from proxy_vllm.config import ProxyConfig
 from proxy_vllm.errors import UserError
 from proxy_vllm.remote_base.endpoint import Endpoint
 from proxy_vllm.remote_base.pair import LocalPair
+from proxy_vllm.remote_base.reports import Report, Reports
 from proxy_vllm.remote_base.sampling import check_parameters
 from proxy_vllm.remote_base.steering import Choice, Steering
-from proxy_vllm.remote_base.usage import BaseUnavailable, count_in_metrics
+from proxy_vllm.remote_base.usage import BaseUnavailable, Usage, count_in_metrics
 
 logger = init_logger(f"vllm.{__name__}")
-
-# Where an answer carries what was certified: the key in vLLM's `kv_transfer_params`.
-REPORT_KEY = "proxy"
 
 
 class Steersman:
@@ -41,6 +39,7 @@ class Steersman:
     Args:
         vllm_config: of the local engine.
         endpoint: of the base, probed.
+        states: vLLM's state of each request in the front end, by its id.
         send, abort: of the local engine core.
         emit: takes each output of a request.
         fail: takes the id of a request that cannot be answered, and why.
@@ -50,6 +49,7 @@ class Steersman:
         self,
         vllm_config: Any,
         endpoint: Endpoint,
+        states: Mapping[str, Any],
         *,
         send: Callable[[EngineCoreRequest], Any],
         abort: Callable[[list[str]], Any],
@@ -60,6 +60,7 @@ class Steersman:
         self.max_model_len = vllm_config.model_config.max_model_len
         self.pair = LocalPair(vllm_config.model_config.get_vocab_size(), send, abort)
         self.endpoint, self._emit, self._fail = endpoint, emit, fail
+        self._reports = Reports(states, endpoint.guard.price)
         self._tasks: dict[str, asyncio.Task] = {}
 
     def start(self, request: EngineCoreRequest) -> None:
@@ -103,47 +104,32 @@ class Steersman:
         )
         room = self.max_model_len - len(request.prompt_token_ids)
         limit = min(room, room if params.max_tokens is None else params.max_tokens)
-        chosen: list[Choice] = []
         try:
-            await self._emit_choices(request, state, steering.choices(limit), chosen, steering)
+            await self._emit_choices(state, steering.choices(limit), steering.usage)
         finally:
             count_in_metrics(steering.usage)
 
     async def _emit_choices(
-        self,
-        request: EngineCoreRequest,
-        state: Request,
-        choices: AsyncGenerator[Choice, None],
-        chosen: list[Choice],
-        steering: Steering,
+        self, state: Request, choices: AsyncGenerator[Choice, None], usage: Usage
     ) -> None:
-        params = state.sampling_params
+        params, report = state.sampling_params, Report()
         assert params is not None
         async for choice in choices:
-            chosen.append(choice)
+            report.add(choice)
             state.append_output_token_ids(choice.token)
             finished = check_stop(state, self.max_model_len)
             self._emit(
                 EngineCoreOutput(
-                    request.request_id,
+                    state.request_id,
                     [choice.token],
                     new_logprobs=_logprobs(choice, params.logprobs),
                     finish_reason=state.get_finished_reason() if finished else None,
                     stop_reason=state.stop_reason if finished else None,
-                    kv_transfer_params=(
-                        {REPORT_KEY: self._report(steering, chosen)} if finished else None
-                    ),
+                    kv_transfer_params=self._reports.field(state.request_id, report, usage),
                 )
             )
             if finished:
                 return
-
-    def _report(self, steering: Steering, chosen: list[Choice]) -> dict[str, Any]:
-        return {
-            "certified": [bool(choice.certified) for choice in chosen],
-            "cut_mass": [float(f"{choice.cut_mass:.3g}") for choice in chosen],
-            "usage": steering.usage.report(self.endpoint.guard.price),
-        }
 
 
 def _logprobs(choice: Choice, count: int | None) -> LogprobsLists | None:
@@ -171,6 +157,7 @@ class AsyncSteeredCore:
         core: Any,
         vllm_config: Any,
         endpoint: Endpoint,
+        states: Mapping[str, Any],
         fail: Callable[[str, Exception], Any],
     ) -> None:
         self._core = core
@@ -179,6 +166,7 @@ class AsyncSteeredCore:
         self._steersman = Steersman(
             vllm_config,
             endpoint,
+            states,
             send=lambda request: self._soon(core.add_request_async(request)),
             abort=lambda ids: self._soon(core.abort_requests_async(ids)),
             emit=lambda output: self._outputs.put_nowait(EngineCoreOutputs(outputs=[output])),
@@ -235,7 +223,9 @@ class AsyncSteeredCore:
 class SteeredCore:
     """For ``LLMEngine``: tasks run on an event loop in a thread, the local core in the caller's."""
 
-    def __init__(self, core: Any, vllm_config: Any, endpoint: Endpoint) -> None:
+    def __init__(
+        self, core: Any, vllm_config: Any, endpoint: Endpoint, states: Mapping[str, Any]
+    ) -> None:
         self._core = core
         self._lock = threading.Condition()
         self._requests: list[EngineCoreRequest] = []
@@ -249,6 +239,7 @@ class SteeredCore:
         self._steersman = Steersman(
             vllm_config,
             endpoint,
+            states,
             send=self._send,
             abort=self._take_back,
             emit=self._emit,

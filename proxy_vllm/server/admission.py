@@ -124,6 +124,10 @@ class AdmissionMiddleware:
         if self._proxy is None:
             self._proxy = ProxyConfig.from_vllm_config(state.vllm_config)
             admit_every_parameter(state.engine_client)
+            if self._proxy.remote_base is not None:
+                from proxy_vllm.remote_base.answers import report_in_answers
+
+                report_in_answers(state)
         proxy = self._proxy
         templates = any(proxy.chat_template_of(role) is not None for role in PROMPT_KEYS)
         if templates and path.endswith(_WITHOUT_TEMPLATES):

@@ -36,7 +36,9 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     },
     "vllm.v1.engine.output_processor:RequestState": {
         "remote_base/async_llm.py": "parent_req queue",
+        "remote_base/reports.py": "parent_req request_index",
     },
+    "vllm.v1.engine.parallel_sampling:ParentRequest": {"remote_base/reports.py": "n"},
     "vllm.v1.engine.core_client:AsyncMPClient": {
         "remote_base/engine_core.py": "abort_requests_async add_request_async get_output_async"
         " shutdown",
@@ -265,14 +267,15 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "batch/generator.py": "enqueue enqueue_chat model_config request_counter",
     },
     "vllm.v1.engine.llm_engine:LLMEngine": {
-        "llm.py": "engine_core vllm_config",
+        "llm.py": "engine_core output_processor vllm_config",
         "batch/generator.py": "abort_request step",
         "batch/file_job.py": "engine_core",
     },
     "vllm.v1.engine.core_client:EngineCoreClient": {"batch/file_job.py": "shutdown"},
     "vllm:RequestOutput": {
         "batch/generator.py": "finished outputs request_id",
-        "batch/request.py": "prompt_logprobs prompt_token_ids",
+        "batch/request.py": "kv_transfer_params prompt_logprobs prompt_token_ids",
+        "remote_base/answers.py": "kv_transfer_params",
     },
     "vllm:CompletionOutput": {"batch/request.py": "finish_reason logprobs text token_ids"},
     "vllm.logprobs:Logprob": {"batch/request.py": "decoded_token logprob rank"},
@@ -445,12 +448,22 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.worker.sampler:ProxySampler": "__init__ add_request",
     "proxy_vllm.server.ray_serve:_Parser": "error",
     "proxy_vllm.remote_base.async_llm:RemoteBaseLLM": "_run_output_handler",
+    "proxy_vllm.remote_base.answers:ReportingCompletions": "__init__ completion_stream_generator"
+    " request_output_to_completion_response",
+    "proxy_vllm.remote_base.answers:ReportingChats": "__init__ chat_completion_stream_generator",
     "proxy_vllm.worker.gpu_worker:ProxyWorker": "_make_model_runner compile_or_warm_up_model"
     " get_kv_cache_spec init_device initialize_from_config load_model",
 }
 
 # vLLM function -> calls in its body that reach our overrides, and keywords that they must pass.
 HOOKS: dict[str, dict[str, str]] = {
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion._create_completion": {
+        "self.completion_stream_generator": "",
+        "self.request_output_to_completion_response": "",
+    },
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat._create_chat_completion": {
+        "self.chat_completion_stream_generator": "",
+    },
     "vllm.entrypoints.common.offline:OfflineInferenceMixin._preprocess_cmpl_one": {
         "self._preprocess_cmpl": ""
     },

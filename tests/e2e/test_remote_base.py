@@ -1,6 +1,7 @@
 """A base behind a real vLLM server: its answers are those of the same trio with the base here."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,6 +23,15 @@ KEY = "sk-base"
 KEYS = {"PROXY_VLLM_BASE_API_KEY": KEY}
 
 
+def plain_environment() -> dict[str, str]:
+    """Of a process with vLLM's own runner for a CPU, whatever runner this process asks for."""
+    set_here = ("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER", "PROXY_VLLM_CPU_RUNNER")
+    env = {name: value for name, value in os.environ.items() if name not in set_here}
+    paths = env.get("PYTHONPATH", "").split(os.pathsep)
+    env["PYTHONPATH"] = os.pathsep.join(p for p in paths if not p.endswith("cpu_interpreter"))
+    return env
+
+
 class PlainServer:
     """Plain vLLM, the way that somebody else serves a base."""
 
@@ -35,8 +45,14 @@ class PlainServer:
             *("--kv-cache-memory-bytes", str(64 << 20), "--max-logprobs", "-1", *options),
         ]
         with open(log, "w") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=plain_environment()
+            )
         wait_for(f"http://127.0.0.1:{self.port}/health", self.process, log)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=60)
 
 
 def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
@@ -57,8 +73,7 @@ def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
 def base(trio, tmp_path_factory) -> Iterator[PlainServer]:
     server = PlainServer(trio["model"], tmp_path_factory.mktemp("base") / "log")
     yield server
-    server.process.terminate()
-    server.process.wait(timeout=60)
+    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +241,6 @@ def test_bad_endpoints_are_named_before_anything_is_loaded(
 
 @pytest.fixture(scope="module")
 def served(base, trio, tmp_path_factory):
-    import os
-
     import openai
 
     log = tmp_path_factory.mktemp("served") / "log"
@@ -277,11 +290,15 @@ def test_the_server_answers_as_any(served, reference):
     )
     assert other.choices[0].model_dump()["token_ids"] == weaker
 
-    stream = client.completions.create(
-        model="base", prompt=ids, max_tokens=8, temperature=0, stream=True, extra_body=extra
-    )
-    tokens = [t for chunk in stream for c in chunk.choices for t in c.model_dump()["token_ids"]]
-    assert tokens == expected
+    chunks = [
+        chunk.model_dump()
+        for chunk in client.completions.create(
+            model="base", prompt=ids, max_tokens=8, temperature=0, stream=True, extra_body=extra
+        )
+    ]
+    assert [t for chunk in chunks for c in chunk["choices"] for t in c["token_ids"]] == expected
+    assert chunks[-1]["kv_transfer_params"]["proxy"]["certified"] == [True] * 8
+    assert not any("kv_transfer_params" in chunk for chunk in chunks[:-1])
 
     chat = client.chat.completions.create(
         model="base",
@@ -294,6 +311,36 @@ def test_the_server_answers_as_any(served, reference):
     )
     assert len(chat.choices) == 2
     assert all(choice.logprobs.content for choice in chat.choices)
+    reports = chat.model_dump()["kv_transfer_params"]["proxy"]
+    for choice, one in zip(chat.choices, reports):
+        assert len(one["certified"]) == len(choice.logprobs.content)
+    # A stop string is seen by vLLM's front end and not by the engine core.
+    stop = plain.choices[0].logprobs.tokens[3].strip()
+    stopped = client.completions.create(
+        model="base", prompt=ids, max_tokens=8, temperature=0, stop=[stop], extra_body=extra
+    ).model_dump()
+    assert stopped["choices"][0]["stop_reason"] == stop
+    count = len(stopped["choices"][0]["token_ids"])
+    assert stopped["kv_transfer_params"]["proxy"]["certified"] == [True] * count
+    # Several prompts, two answers each: a report for each choice.
+    several = client.completions.create(
+        model="base", prompt=[ids, ids[:5]], n=2, max_tokens=4, seed=3, extra_body=extra
+    ).model_dump()
+    reports = several["kv_transfer_params"]["proxy"]
+    assert [len(r["certified"]) for r in reports] == [4] * 4
+    chat_chunks = [
+        chunk.model_dump()
+        for chunk in client.chat.completions.create(
+            model="base",
+            messages=[{"role": "user", "content": "w5 w6"}],
+            max_tokens=5,
+            n=2,
+            stream=True,
+        )
+    ]
+    ended = [c for c in chat_chunks if c["choices"][0]["finish_reason"]]
+    assert len(ended) == 2
+    assert all(len(c["kv_transfer_params"]["proxy"]["cut_mass"]) for c in ended)
 
     with pytest.raises(openai.BadRequestError, match="repetition_penalty"):
         client.completions.create(
@@ -311,8 +358,6 @@ def test_the_server_answers_as_any(served, reference):
 
 
 def test_batches_go_on_after_an_outage(base, trio, tmp_path, reference):
-    import os
-
     lines = prompt_ids([5, 7, 9], seed=31)
     prompts = tmp_path / "in.jsonl"
     prompts.write_text(
