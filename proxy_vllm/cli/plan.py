@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from proxy_vllm.plan.remote_base import RemoteBasePlan
     from proxy_vllm.plan.roofline import Plan
+
+# Options that say something of a base elsewhere alone: fields of `plan.remote_base.Trips`.
+_TRIPS = {
+    "latency_ms": "--base-latency-ms",
+    "tokens_a_trip": "--tokens-a-trip",
+    "questions_a_token": "--questions-a-token",
+}
 
 
 class PlanSubcommand:
@@ -25,30 +33,44 @@ class PlanSubcommand:
 
     @staticmethod
     def cmd(args: argparse.Namespace) -> None:
+        from proxy_vllm.cli.remote_base import remote_base
         from proxy_vllm.plan.model_size import model_shape
         from proxy_vllm.plan.roofline import find_gpu, plan
 
+        remote = remote_base(args)
+        _check_base(args, remote is not None)
         gpu = find_gpu(
             args.gpu,
             bandwidth_tbps=args.bandwidth_tbps,
             tflops=args.tflops,
             memory_gib=args.memory_gib,
         )
-        result = plan(
-            model_shape(args.model),
-            model_shape(args.expert),
-            model_shape(args.antiexpert),
-            gpu,
-            dtype=args.dtype,
-            kv_cache_dtype=args.kv_cache_dtype,
-            batch=args.batch,
-            context=args.context,
-            tp=args.tensor_parallel_size,
-            gpu_memory_utilization=args.gpu_memory_utilization,
-            reserve_gib=args.reserve_gib,
-            speculative_tokens=args.speculative_tokens,
-            acceptance=args.acceptance,
-        )
+        load: dict[str, Any] = {
+            "dtype": args.dtype,
+            "kv_cache_dtype": args.kv_cache_dtype,
+            "batch": args.batch,
+            "context": args.context,
+            "tp": args.tensor_parallel_size,
+            "gpu_memory_utilization": args.gpu_memory_utilization,
+            "reserve_gib": args.reserve_gib,
+        }
+        expert, antiexpert = model_shape(args.expert), model_shape(args.antiexpert)
+        result: Plan | RemoteBasePlan
+        if remote is not None:
+            from proxy_vllm.plan.remote_base import Trips, plan_remote_base
+
+            given = {n: v for n in _TRIPS if (v := getattr(args, n)) is not None}
+            result = plan_remote_base(remote, expert, antiexpert, gpu, trips=Trips(**given), **load)
+        else:
+            result = plan(
+                model_shape(args.model),
+                expert,
+                antiexpert,
+                gpu,
+                speculative_tokens=args.speculative_tokens,
+                acceptance=args.acceptance,
+                **load,
+            )
         if args.json == "-":
             print(json.dumps(result.to_dict(), indent=2))
             return
@@ -60,6 +82,8 @@ class PlanSubcommand:
         pass
 
     def subparser_init(self, subparsers: Any) -> Any:
+        from proxy_vllm.cli.remote_base import add_remote_base_arguments
+        from proxy_vllm.plan.remote_base import QUESTIONS_A_TOKEN, TOKENS_A_TRIP
         from proxy_vllm.plan.roofline import GPUS, RESERVE_GIB
 
         parser = subparsers.add_parser(
@@ -68,7 +92,7 @@ class PlanSubcommand:
             description=f"{self.help} Only config.json of each model is read.",
             usage="proxy-vllm plan BASE --expert E --antiexpert A --gpu GPU [options]",
         )
-        parser.add_argument("model", metavar="BASE", help="model folder, or hub name")
+        parser.add_argument("model", metavar="BASE", nargs="?", help="model folder, or hub name")
         parser.add_argument("--expert", required=True, help="the small tuned model")
         parser.add_argument("--antiexpert", required=True, help="the small untuned model")
         parser.add_argument("--gpu", help=f"one of {', '.join(GPUS)}")
@@ -107,6 +131,26 @@ class PlanSubcommand:
             metavar="A",
             help="probability from 0 to 1 that a draft is accepted",
         )
+        add_remote_base_arguments(parser)
+        parser.add_argument(
+            "--base-latency-ms",
+            dest="latency_ms",
+            type=float,
+            metavar="MS",
+            help="of a round trip to --base-url (default: 0)",
+        )
+        parser.add_argument(
+            "--tokens-a-trip",
+            type=float,
+            metavar="T",
+            help=f"of an answer, from --base-url (default: {TOKENS_A_TRIP}, the trio's in the box)",
+        )
+        parser.add_argument(
+            "--questions-a-token",
+            type=float,
+            metavar="Q",
+            help=f"further calls to --base-url (default: {QUESTIONS_A_TOKEN}, the same trio's)",
+        )
         parser.add_argument("--json", metavar="FILE", help="write the figures; - for stdout only")
         return parser
 
@@ -120,11 +164,29 @@ def _write_json(path: str, result: dict[str, Any]) -> None:
         raise UserError(f"--json {path}: cannot write ({error.strerror})") from None
 
 
-def print_plan(result: Plan) -> None:
+def _check_base(args: argparse.Namespace, elsewhere: bool) -> None:
+    from proxy_vllm.errors import UserError
+
+    if elsewhere:
+        if args.model is not None:
+            raise UserError(f"BASE {args.model!r} and --base-url: give one of them")
+        if args.speculative_tokens is not None:
+            raise UserError("--speculative-tokens is for a base in the engine: --base-drafts")
+        return
+    if args.model is None:
+        raise UserError("BASE is missing: a model folder or hub name, or --base-url")
+    for name, option in _TRIPS.items():
+        if getattr(args, name) is not None:
+            raise UserError(f"{option} is for a base elsewhere: name it by --base-url")
+
+
+def print_plan(result: Plan | RemoteBasePlan) -> None:
     """A short table for people on stdout."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from proxy_vllm.plan.roofline import Plan
 
     inputs, gpu = result.inputs, result.inputs["gpu"]
     tp, batch, context = (inputs[k] for k in ("tensor_parallel_size", "batch", "context"))
@@ -138,9 +200,21 @@ def print_plan(result: Plan) -> None:
     weights = Table("weights", "model", "GiB")
     weights.columns[2].justify = "right"
     for role in ("base", "expert", "antiexpert"):
-        weights.add_row(role, escape(inputs[role]), _gib(result.weights_gib[role]))
+        if role in result.weights_gib:
+            weights.add_row(role, escape(inputs[role]), _gib(result.weights_gib[role]))
     weights.add_row("total", "", _gib(result.weights_gib["total"]))
     console.print(weights)
+    if isinstance(result, Plan):
+        _print_speed(console, result)
+    else:
+        _print_trips(console, result)
+    for note in result.notes:
+        console.print(f"note: {escape(note)}")
+
+
+def _print_speed(console: Console, result: Plan) -> None:
+    """Beside the base alone."""
+    from rich.table import Table
 
     speed = Table("", "proxy-tuned", "base alone")
     for column in speed.columns[1:]:
@@ -164,8 +238,27 @@ def print_plan(result: Plan) -> None:
             f"with one block table for all layers, as for own prompts, the KV cache holds"
             f" {result.kv_tokens_one_table:,} tokens: layers with windows then keep every token"
         )
-    for note in result.notes:
-        console.print(f"note: {escape(note)}")
+
+
+def _print_trips(console: Console, result: RemoteBasePlan) -> None:
+    """Of a base elsewhere: what the pair, the way and the endpoint's price come to."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    inputs = result.inputs
+    table = Table(f"base: {escape(inputs['base'])}, {inputs['base_mode']}", "")
+    table.columns[1].justify = "right"
+    table.add_row("step of the pair, at least", f"{result.step_ms:.3g} ms")
+    table.add_row("round trip", f"{inputs['latency_ms']:g} ms")
+    table.add_row("tokens a trip", f"{inputs['tokens_a_trip']:g}")
+    table.add_row("questions a token", f"{inputs['questions_a_token']:g}")
+    table.add_row("a token of one conversation, at least", f"{result.token_ms:.3g} ms")
+    table.add_row("tokens/s, at most", f"{result.tokens_per_s:,.0f}")
+    table.add_row("tokens the KV cache holds", f"{result.kv_tokens:,}")
+    if result.dollars_per_1000_tokens is not None:
+        table.add_row("1000 tokens of an answer", f"{result.dollars_per_1000_tokens:.3g} dollars")
+    console.print(table)
+    console.print(verdict(result))
 
 
 def _print_speculation(console: Console, result: Plan) -> None:
@@ -196,7 +289,7 @@ def _gib(size: float) -> str:
     return f"{size:.2f}" if size >= 0.1 else f"{size:.2g}"
 
 
-def verdict(result: Plan) -> str:
+def verdict(result: Plan | RemoteBasePlan) -> str:
     """One line: does it fit, and if not, what is short."""
     inputs = result.inputs
     need = inputs["batch"] * inputs["context"]

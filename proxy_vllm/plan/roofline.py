@@ -216,16 +216,10 @@ def plan(
         source if isinstance(source, ModelShape) else model_shape(source)
         for source in (base, expert, antiexpert)
     ]
-    _check(members, batch, context, tp, gpu_memory_utilization, reserve_gib)
+    check_load(members, batch, context, tp, gpu_memory_utilization, reserve_gib)
     notes = [f"{role}: {note}" for role, m in zip(roles, members) for note in m.notes]
-    notes += _warnings(dict(zip(roles, members)), context, gpu, tp)
-
-    dtype_bytes = _dtype_bytes(dtype)
-    if dtype_bytes == 4:
-        notes.append("peak FLOP/s is the 16-bit one; float32 arithmetic is slower")
-    kv_bytes = dtype_bytes if kv_cache_dtype == "auto" else KV_DTYPE_BYTES.get(kv_cache_dtype)
-    if kv_bytes is None:
-        raise UserError(f"unknown KV cache dtype {kv_cache_dtype!r}: {', '.join(KV_DTYPE_BYTES)}")
+    size = element_bytes(dtype, kv_cache_dtype)
+    notes += warnings(dict(zip(roles, members)), size, context, gpu, tp)
     if (speculative_tokens is None) != (acceptance is None):
         raise UserError(
             "--speculative-tokens and --acceptance go together: the share of drafts that is"
@@ -237,8 +231,8 @@ def plan(
         batch=batch,
         context=context,
         tp=tp,
-        dtype_bytes=dtype_bytes,
-        kv_bytes=kv_bytes,
+        dtype_bytes=size.weights,
+        kv_bytes=size.kv,
     )
     floor, alone = floor_of(members), floor_of(members[:1])
     drafts = None
@@ -247,16 +241,10 @@ def plan(
             members, floor_of, batch=batch, drafts=speculative_tokens, acceptance=acceptance
         )
 
-    size = ElementBytes(dtype_bytes, kv_bytes)
     weights = {role: m.weight_bytes(size) / GIB for role, m in zip(roles, members)}
     budget_gib = gpu.memory_gib * gpu_memory_utilization - reserve_gib
-
-    def kv_tokens(count: int, one_table: bool = False) -> int:
-        left = (budget_gib - sum(list(weights.values())[:count]) / tp) * GIB
-        held = _held(members[:count], size, context, tp, one_table=one_table)
-        return max(0, int(left // (held / context)))
-
-    tokens = kv_tokens(3)
+    kv_tokens = partial(fitting_tokens, size=size, budget_gib=budget_gib, context=context, tp=tp)
+    tokens = kv_tokens(members)
     return Plan(
         step_ms=floor.step_ms,
         base_step_ms=alone.step_ms,
@@ -266,8 +254,8 @@ def plan(
         base_tokens_per_s=batch / alone.step_ms * 1e3,
         fits=tokens >= batch * context,
         kv_tokens=tokens,
-        base_kv_tokens=kv_tokens(1),
-        kv_tokens_one_table=kv_tokens(3, one_table=True),
+        base_kv_tokens=kv_tokens(members[:1]),
+        kv_tokens_one_table=kv_tokens(members, one_table=True),
         kv_bytes_per_token=_held(members, size, context, tp) / context,
         weights_gib={**weights, "total": sum(weights.values())},
         parts_ms=asdict(floor),
@@ -285,6 +273,21 @@ def plan(
         notes=tuple(notes),
         speculation=drafts,
     )
+
+
+def fitting_tokens(
+    members: Sequence[ModelShape],
+    *,
+    size: ElementBytes,
+    budget_gib: float,
+    context: int,
+    tp: int,
+    one_table: bool = False,
+) -> int:
+    """Tokens that the KV cache of `members` holds in `budget_gib` of each GPU beside weights."""
+    left = budget_gib * GIB - sum(m.weight_bytes(size) for m in members) / tp
+    held = _held(members, size, context, tp, one_table=one_table)
+    return max(0, int(left // (held / context)))
 
 
 def _held(
@@ -314,15 +317,19 @@ def _without_windows(kinds: Counter[Kind]) -> Counter[Kind]:
     return whole
 
 
-def _dtype_bytes(dtype: str) -> int:
-    if dtype == "auto":  # vLLM runs a float32 checkpoint at 16 bits too, unless told otherwise
-        return 2
-    if dtype not in DTYPE_BYTES:
+def element_bytes(dtype: str, kv_cache_dtype: str) -> ElementBytes:
+    """Bytes of elements by the options' names; `UserError` for names that no engine takes."""
+    # vLLM runs a float32 checkpoint at 16 bits too, unless told otherwise.
+    weights = 2 if dtype == "auto" else DTYPE_BYTES.get(dtype)
+    if weights is None:
         raise UserError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPE_BYTES)}")
-    return DTYPE_BYTES[dtype]
+    kv = weights if kv_cache_dtype == "auto" else KV_DTYPE_BYTES.get(kv_cache_dtype)
+    if kv is None:
+        raise UserError(f"unknown KV cache dtype {kv_cache_dtype!r}: {', '.join(KV_DTYPE_BYTES)}")
+    return ElementBytes(weights, kv)
 
 
-def _check(
+def check_load(
     members: Sequence[ModelShape],
     batch: int,
     context: int,
@@ -342,19 +349,24 @@ def _check(
             check_heads(shape.name, shape.num_heads, kv_heads, tp)
 
 
-def _warnings(members: Mapping[str, ModelShape], context: int, gpu: Gpu, tp: int) -> list[str]:
+def warnings(
+    members: Mapping[str, ModelShape], size: ElementBytes, context: int, gpu: Gpu, tp: int
+) -> list[str]:
+    """What a user should know of these figures; `members` by role, the base if it is here."""
     notes = []
     for role, shape in members.items():
         if shape.max_positions and context > shape.max_positions:
             notes.append(f"{role}: has {shape.max_positions} positions, context is {context}")
-    base = members["base"].vocab_size
     for role in ("expert", "antiexpert"):
-        size = members[role].vocab_size
-        if size < base:
+        columns = members[role].vocab_size
+        base = members["base"].vocab_size if "base" in members else columns
+        if columns < base:
             notes.append(
-                f"{role}: {size} vocabulary entries, base has {base}; the three must share one "
+                f"{role}: {columns} vocabulary entries, base has {base}; the three must share one "
                 "tokenizer, and padding alone may differ"
             )
+    if size.weights == 4:
+        notes.append("peak FLOP/s is the 16-bit one; float32 arithmetic is slower")
     if tp > 1:
         notes.append("communication between ranks is not counted")
     if gpu.source == "data sheet":

@@ -246,3 +246,51 @@ def test_through_the_command_a_fault_is_one_line_and_status_2(trio, tmp_path, ca
     err = capsys.readouterr().err.strip().splitlines()
     assert len(err) == 1
     assert err[0].startswith("proxy-vllm: error: unknown GPU 'voodoo2'")
+
+
+ELSEWHERE = ["--base-url", "https://host/v1", "--base-model", "big"]
+
+
+def test_a_base_elsewhere_is_the_pair_here_and_trips(trio, tmp_path, capsys):
+    """Hand counts: 1235814400 parameters a member, 16 bits; nothing is asked of the endpoint."""
+    pair, out = trio[1:], tmp_path / "plan.json"
+    way = ["--base-latency-ms", "50", "--tokens-a-trip", "2.5", "--questions-a-token", "0.1"]
+    run(*ELSEWHERE, *pair, "--gpu", "h200", *way, "--price", "2,8,0.2", "--json", str(out))
+    result = json.loads(out.read_text())
+    weights = 2 * 1235814400 * 2
+    assert result["weights_gib"]["total"] == pytest.approx(weights / 2**30)
+    assert "base" not in result["weights_gib"]
+    # 139.8 * 0.9 - 2 GiB less the weights, over 2 * 32768 bytes.
+    assert result["kv_tokens"] == int(((139.8 * 0.9 - 2) * 2**30 - weights) // 65536)
+    # Both are read once a step, and little else: two rows of eight tokens.
+    floor = weights / 4.3e12 * 1e3
+    assert floor < result["step_ms"] < 1.1 * floor
+    assert result["token_ms"] == pytest.approx(result["step_ms"] + 50 * (1 / 2.5 + 0.1))
+    assert result["tokens_per_s"] == pytest.approx(1e3 / result["token_ms"])
+    # A trip of 1024 cached tokens and 3.5 written ones, and a question of one, for 2.5 tokens.
+    trip, question = 1024 * 0.2 + 3.5 * 8, 1024 * 0.2 + 8
+    assert result["dollars_per_1000_tokens"] == pytest.approx((trip / 2.5 + 0.1 * question) / 1000)
+    shown = capsys.readouterr().out
+    for part in ("base: big, exact", "fits: yes", "its endpoint was not asked", "dollars"):
+        assert part in shown
+
+    run(*ELSEWHERE, *pair, "--gpu", "h200", *way, "--base-mode", "top-k", "--json", "-")
+    cheaper = json.loads(capsys.readouterr().out)
+    assert cheaper["token_ms"] == pytest.approx(cheaper["step_ms"] + 50 / 2.5)
+    assert cheaper["dollars_per_1000_tokens"] is None
+    run(*ELSEWHERE, *pair, "--gpu", "h200", *way, "--batch", "64", "--json", "-")
+    many = json.loads(capsys.readouterr().out)
+    assert many["tokens_per_s"] == pytest.approx(32 / many["token_ms"] * 1e3)
+    assert "32 conversations ask at once (--base-concurrency)" in many["notes"]
+
+
+def test_what_does_not_go_with_a_base_elsewhere(trio):
+    pair = trio[1:]
+    assert "give one of them" in one_line_error(*trio, *ELSEWHERE, "--gpu", "h200")
+    assert "BASE is missing" in one_line_error(*pair, "--gpu", "h200")
+    assert "--base-model" in one_line_error(*pair, *ELSEWHERE[:2], "--gpu", "h200")
+    assert "--base-url" in one_line_error(*trio, "--tokens-a-trip", "2", "--gpu", "h200")
+    drafts = ["--speculative-tokens", "4", "--acceptance", "0.7"]
+    assert "--base-drafts" in one_line_error(*pair, *ELSEWHERE, *drafts, "--gpu", "h200")
+    message = one_line_error(*pair, *ELSEWHERE, "--tokens-a-trip", "0.5", "--gpu", "h200")
+    assert message == "--tokens-a-trip 0.5: give a number from 1"
