@@ -63,6 +63,8 @@ class ProxyConfig:
             None where no tokenizer is read. Found at start-up, not set by users. The columns after
             it are padding, and are never drawn unless a request's alpha is 0.
         unnamed_tokens: the tokens before that which no tokenizer names.
+        changed_tokens_every: compare the likeliest token with the base's in one step of this many,
+            for ``/metrics`` (see ``worker/changed_tokens.py``); 0 is off.
         kv_cache_tables: ``one`` block table for all layers, ``several`` for kinds of attention that
             differ, or ``auto`` for what holds more requests (see ``composite/kv_layout.py``).
     """
@@ -85,6 +87,7 @@ class ProxyConfig:
     named_tokens: int | None = None
     unnamed_tokens: tuple[int, ...] = ()
     remote_base: RemoteBase | None = None
+    changed_tokens_every: int = 0
     kv_cache_tables: str = "auto"
 
     def __post_init__(self) -> None:
@@ -98,6 +101,10 @@ class ProxyConfig:
         if self.kv_cache_tables not in KV_CACHE_TABLES:
             raise UserError(
                 f"kv_cache_tables is {self.kv_cache_tables!r}: use {', '.join(KV_CACHE_TABLES)}"
+            )
+        if self.changed_tokens_every < 0:
+            raise UserError(
+                f"--changed-tokens-every is {self.changed_tokens_every}: a number of steps, or 0"
             )
         low, high = self.alpha_range
         if not (math.isfinite(low) and math.isfinite(high) and low <= high):

@@ -145,6 +145,7 @@ def proxy_config(args: argparse.Namespace):
         sampler_cuda_graphs=args.sampler_cuda_graphs,
         speculative_tokens=args.speculative_tokens,
         remote_base=remote_base(args),
+        changed_tokens_every=getattr(args, "changed_tokens_every", 0),
         kv_cache_tables=args.kv_cache_tables,
     )
 

@@ -12,6 +12,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from proxy_vllm.cli.arguments import add_proxy_arguments, apply_to_namespace
 from proxy_vllm.errors import UserError, one_line
 from proxy_vllm.lifetime import end_with_engines
+from proxy_vllm.server import add_middleware
 
 # How long requests may go on after SIGTERM (--shutdown-timeout).
 DRAIN_SECONDS = 60
@@ -26,7 +27,7 @@ class ProxyServeSubcommand(ServeSubcommand):
         apply_to_namespace(args, steers_remote_base=True)
         end_with_engines()
         # Requests with an alpha that cannot run are answered 400 before they reach the engine.
-        args.middleware = [*args.middleware, "proxy_vllm.server.admission.AdmissionMiddleware"]
+        add_middleware(args)
         try:
             if args.base_url is None:
                 ServeSubcommand.cmd(args)
@@ -54,6 +55,19 @@ class ProxyServeSubcommand(ServeSubcommand):
             f"Serve a proxy-tuned model over HTTP, with the routes of OpenAI's API.\n\n{search}"
         )
         add_proxy_arguments(parser)
+        parser.add_argument(
+            "--playground",
+            action="store_true",
+            help="a page at /playground to try prompts and alphas on, beside the base",
+        )
+        parser.add_argument(
+            "--changed-tokens-every",
+            type=int,
+            default=0,
+            metavar="STEPS",
+            help="for /metrics: in one step of so many, look whether the base alone would choose"
+            " another token, for at most 16 requests (default: 0, never)",
+        )
         # vLLM's default, 0, cuts off what is running on SIGTERM.
         parser.set_defaults(shutdown_timeout=DRAIN_SECONDS)
         return parser

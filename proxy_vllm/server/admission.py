@@ -22,6 +22,7 @@ from proxy_vllm.own_prompts.prompts import (
     check_tokenization,
     refuse_misspelled,
 )
+from proxy_vllm.server.metrics import SCOPE_KEY
 from proxy_vllm.spec_decode.admission import admit_every_parameter
 
 _XARGS = "vllm_xargs"
@@ -111,7 +112,7 @@ class AdmissionMiddleware:
         state = scope["app"].state
         if not getattr(state, "vllm_config", None):
             return messages
-        changed = await self._checked(state, scope["path"], bytes(body))
+        changed = await self._checked(scope, bytes(body))
         if changed is None:
             return messages
         sized = (b"content-length", b"transfer-encoding")
@@ -119,8 +120,9 @@ class AdmissionMiddleware:
         scope["headers"][:] = [*headers, (b"content-length", b"%d" % len(changed))]
         return [{"type": "http.request", "body": changed, "more_body": False}]
 
-    async def _checked(self, state: Any, path: str, body: bytes) -> bytes | None:
+    async def _checked(self, scope: dict, body: bytes) -> bytes | None:
         """Check a body; return it rewritten if prompts of the small members were put in."""
+        state, path = scope["app"].state, scope["path"]
         if self._proxy is None:
             self._proxy = ProxyConfig.from_vllm_config(state.vllm_config)
             admit_every_parameter(state.engine_client)
@@ -157,7 +159,7 @@ class AdmissionMiddleware:
             raise UserError(f"{path} reads no {_XARGS}: it answers with the server's alpha")
         _check_places(request, fields, place, named)
         refuse_misspelled(named, place)
-        proxy.alpha_of(named)
+        scope[SCOPE_KEY] = proxy.alpha_of(named)
         chat = chat and isinstance(request.get("messages"), list)
         prompts = chat or not named.keys().isdisjoint((*PROMPT_KEYS.values(), RESOLVED_KEY))
         if xargs is not None and not isinstance(xargs, dict):

@@ -25,6 +25,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from proxy_vllm.cli.arguments import apply_to_namespace
 from proxy_vllm.cli.serve import DRAIN_SECONDS, ProxyServeSubcommand
 from proxy_vllm.errors import UserError
+from proxy_vllm.server import add_middleware
 
 # Options of the process that Ray Serve takes the place of, and what to do instead.
 _TAKEN = {
@@ -50,7 +51,7 @@ def parse(options: str) -> Namespace:
             raise UserError(f"--{name.replace('_', '-')}: {instead}")
     command.validate(args)
     apply_to_namespace(args)
-    args.middleware = [*args.middleware, "proxy_vllm.server.admission.AdmissionMiddleware"]
+    add_middleware(args)
     args.ranks = args.tensor_parallel_size * args.pipeline_parallel_size
     # Inside a Ray actor vLLM might look for a placement group.
     args.distributed_executor_backend = "mp" if args.ranks > 1 else None

@@ -15,6 +15,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from proxy_vllm.config import ProxyConfig
 from proxy_vllm.spec_decode.v1_runner import let_the_expert_draft
+from proxy_vllm.worker.changed_tokens import ChangedTokens
 from proxy_vllm.worker.gpu_worker import ProxyWorker
 from proxy_vllm.worker.model_runner import ProxyModelRunner
 
@@ -29,6 +30,7 @@ class ProxyCPUModelRunner(CPUModelRunner):
         self.alphas: dict[str, tuple[SamplingParams | None, float]] = {}
         if self.proxy_config.expert_drafts:
             let_the_expert_draft(self)
+        self.changed_tokens = ChangedTokens(self.proxy_config.changed_tokens_every, device)
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         """A request at the limit has no slots to draft into, and stops no other."""
@@ -73,6 +75,22 @@ class ProxyCPUModelRunner(CPUModelRunner):
         alpha = torch.full((positions.shape[-1],), self.proxy_config.alpha, dtype=torch.float32)
         alpha[: tokens.sum()] = torch.from_numpy(np.repeat(alphas, tokens))
         return super()._model_forward(*args, positions=positions, alpha=alpha, **kwargs)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.execute_model_state
+        if state is not None and self.changed_tokens.due():
+            self._measure_changed_tokens(state.sample_hidden_states, state.spec_decode_metadata)
+        return super().sample_tokens(*args, **kwargs)
+
+    @torch.inference_mode()
+    def _measure_changed_tokens(self, hidden: torch.Tensor, drafts: Any) -> None:
+        count = self.input_batch.num_reqs
+        rows = torch.arange(count)
+        if drafts is not None:
+            # Of drafted positions the first is a token in any case; the others may be rejected.
+            rows[1:] += torch.tensor(drafts.num_draft_tokens).cumsum(0)[:-1]
+        read = torch.from_numpy(~self.discard_request_mask.np[:count])
+        self.changed_tokens.measure(self.model, hidden[rows], read)
 
     # vLLM draws a token for every row, also for prompts that are not read to their end, and winds a
     # seeded generator back after such a draw by its offset. A CPU's generator has none, and the

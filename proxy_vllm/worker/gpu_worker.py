@@ -1,8 +1,11 @@
 """The modified worker: validation, memory account, and a runner that carries alpha."""
 
+from typing import Any
+
 from vllm.logger import init_logger
 from vllm.utils.mem_utils import format_gib
 from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -19,6 +22,10 @@ class ProxyWorker(Worker):
     """GPU worker on Model Runner V2; the CPU worker differs in the runner that it makes."""
 
     kv_cache_specs: dict[str, KVCacheSpec] | None = None
+    # Bytes of the KV cache by member; of several block tables, at the most requests they hold.
+    kv_bytes: dict[str, int]
+    # Drafts of the step before, where the expert drafts.
+    num_drafts = 0
 
     def init_device(self) -> None:
         check_vllm_version()
@@ -68,21 +75,24 @@ class ProxyWorker(Worker):
         if len(groups) == 1:
             per_token = kv_bytes_per_token(specs)
             tokens = kv_cache_config.num_blocks * groups[0].kv_cache_spec.block_size
+            self.kv_bytes = {role: int(b * tokens) for role, b in per_token.items()}
             logger.info(
                 "KV cache on rank %d: %d tokens; %s",
                 self.rank,
                 tokens,
                 ", ".join(
-                    f"{role} {format_gib(int(b * tokens))} GiB ({b:.0f} bytes a token)"
+                    f"{role} {format_gib(self.kv_bytes[role])} GiB ({b:.0f} bytes a token)"
                     for role, b in per_token.items()
                 ),
             )
             return
         per_request = kv_layout.bytes_per_request(self.vllm_config, specs)
+        requests = get_max_concurrency_for_kv_cache_config(self.vllm_config, kv_cache_config)
+        self.kv_bytes = {role: int(b * requests) for role, b in per_request.items()}
         logger.info(
             "KV cache on rank %d: %.1f requests of %d tokens, in %d block tables; of each, %s",
             self.rank,
-            get_max_concurrency_for_kv_cache_config(self.vllm_config, kv_cache_config),
+            requests,
             self.vllm_config.model_config.max_model_len,
             len(groups),
             ", ".join(f"{role} {format_gib(b)} GiB" for role, b in per_request.items()),
@@ -91,7 +101,26 @@ class ProxyWorker(Worker):
     def compile_or_warm_up_model(self):
         if self.use_v2_model_runner and self.vllm_config.kernel_config.enable_jit_warmup:
             self.model_runner.warm_up_sampler()
-        return super().compile_or_warm_up_model()
+        done = super().compile_or_warm_up_model()
+        self.model_runner.changed_tokens.reset()
+        return done
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        if scheduler_output.total_num_scheduled_tokens:
+            self.num_drafts = scheduler_output.num_spec_tokens_to_schedule
+        return super().execute_model(scheduler_output)
+
+    def proxy_stats(self) -> dict[str, Any]:
+        """What `/metrics` tells of this worker: see ``proxy_vllm.server.metrics``."""
+        compared, changed = self.model_runner.changed_tokens.counts()
+        return {
+            "rank": self.rank,
+            "weights": self.model_runner.get_model().member_weight_bytes,
+            "kv_cache": self.kv_bytes,
+            "num_drafts": self.num_drafts,
+            "compared": compared,
+            "changed": changed,
+        }
 
     def _make_model_runner(self):
         if not self.use_v2_model_runner:

@@ -21,6 +21,7 @@ from proxy_vllm.kernels.fused_head import head_kinds
 from proxy_vllm.kernels.row_parameters import FILTERS, RowParameters
 from proxy_vllm.spec_decode.speculator import ExpertSpeculator
 from proxy_vllm.spec_decode.verification import DraftVerifier
+from proxy_vllm.worker.changed_tokens import ChangedTokens
 from proxy_vllm.worker.sampler import (
     ProxySampler,
     logit_rows,
@@ -41,12 +42,14 @@ class ProxyModelRunner(GPUModelRunner):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
+        proxy = ProxyConfig.from_vllm_config(vllm_config)
+        self.changed_tokens = ChangedTokens(proxy.changed_tokens_every, device)
         if self.speculator is not None:
             # vLLM has one buffer of a request's parameters for each step in flight, and takes a
             # step for done when its tokens are fetched. Drafts are made after that, from the same
             # parameters, so a buffer has to rest for one step more.
             set_default_max_concurrency(vllm_config.max_concurrent_batches + 1)
-        if self.speculator is not None and ProxyConfig.from_vllm_config(vllm_config).expert_drafts:
+        if self.speculator is not None and proxy.expert_drafts:
             # In place of vLLM's drafter, which has no weights yet.
             self.speculator = ExpertSpeculator(vllm_config, device)
 
@@ -163,12 +166,21 @@ class ProxyModelRunner(GPUModelRunner):
                 return state._replace(decode_graph_eligible=False), None
         return state, uniform
 
+    def _measure_changed_tokens(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
+        # Of drafted positions the first is a token in any case; the others may be rejected.
+        first = input_batch.cu_num_logits[:-1].long()
+        read = self.req_states.prefill_len.gpu[input_batch.idx_mapping] <= input_batch.seq_lens
+        rows = hidden_states[input_batch.logits_indices[first]]
+        self.changed_tokens.measure(self.model, rows, read)
+
     def sample(
         self,
         hidden_states: torch.Tensor,  # [T, packed width], as the composite's forward returned it
         input_batch: InputBatch,
         grammar_output: GrammarOutput | None,
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        if self.changed_tokens.due():
+            self._measure_changed_tokens(hidden_states, input_batch)
         sampler, verifier = self.sampler, self.rejection_sampler
         drafted = input_batch.num_draft_tokens > 0
         if (

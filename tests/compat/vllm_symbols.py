@@ -40,6 +40,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     },
     "vllm.v1.engine.parallel_sampling:ParentRequest": {"remote_base/reports.py": "n"},
     "vllm.v1.engine.core_client:AsyncMPClient": {
+        "server/metrics.py": "call_utility_all_async engine_ranks_managed",
         "remote_base/engine_core.py": "abort_requests_async add_request_async get_output_async"
         " shutdown",
     },
@@ -163,8 +164,8 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     },
     "vllm.v1.worker.cpu_worker:CPUWorker": {"cpu_worker.py": "device model_runner"},
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner": {
-        "cpu_worker.py": "device discard_request_mask input_batch intermediate_tensors"
-        " max_num_tokens model model_config query_start_loc requests",
+        "cpu_worker.py": "device discard_request_mask execute_model_state input_batch"
+        " intermediate_tensors max_num_tokens model model_config query_start_loc requests",
         "worker.py": "get_model",
     },
     "vllm.v1.worker.gpu_input_batch:InputBatch": {
@@ -173,6 +174,10 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         " sampling_metadata",
     },
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": {"cpu_worker.py": "sampling_params"},
+    "vllm.v1.worker.gpu_model_runner:ExecuteModelState": {
+        "cpu_worker.py": "sample_hidden_states spec_decode_metadata"
+    },
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": {"cpu_worker.py": "num_draft_tokens"},
     "vllm.v1.utils:CpuGpuBuffer": {"cpu_worker.py": "np"},
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": {
         "runner.py": "batch_sharder compilation_config cudagraph_manager device max_num_reqs model"
@@ -244,6 +249,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     },
     "vllm.v1.core.sched.output:SchedulerOutput": {
         "own_prompts/scheduler.py": "scheduled_new_reqs",
+        "worker.py": "num_spec_tokens_to_schedule total_num_scheduled_tokens",
         "spec_decode/scheduler.py": "num_scheduled_tokens num_spec_tokens_to_schedule"
         " scheduled_spec_decode_tokens total_num_scheduled_tokens",
     },
@@ -430,7 +436,7 @@ OVERRIDES: dict[str, str] = {
     " validate_same_kv_cache_group",
     "proxy_vllm.spec_decode.v1_runner:DraftVerifier": "__init__ forward",
     "proxy_vllm.worker.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync"
-    " _input_fits_in_drafter _model_forward _sample load_model warming_up_model",
+    " _input_fits_in_drafter _model_forward _sample load_model sample_tokens warming_up_model",
     "proxy_vllm.worker.cpu_worker:ProxyCPUWorker": "_make_model_runner init_device",
     "proxy_vllm.llm:ProxyLLM": "__init__ _add_request _beam_search_step _preprocess_chat_one"
     " _preprocess_cmpl _preprocess_cmpl_one",
@@ -452,7 +458,7 @@ OVERRIDES: dict[str, str] = {
     " request_output_to_completion_response",
     "proxy_vllm.remote_base.answers:ReportingChats": "__init__ chat_completion_stream_generator",
     "proxy_vllm.worker.gpu_worker:ProxyWorker": "_make_model_runner compile_or_warm_up_model"
-    " get_kv_cache_spec init_device initialize_from_config load_model",
+    " execute_model get_kv_cache_spec init_device initialize_from_config load_model",
 }
 
 # vLLM function -> calls in its body that reach our overrides, and keywords that they must pass.

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import dashboard
 import numpy as np
 import pytest
 import torch
@@ -349,6 +350,8 @@ def test_the_server_answers_as_any(served, reference):
     page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
     for name in ("trips", "calls", "tokens", "certified", "prompt_tokens"):
         assert f"proxy_vllm:remote_base_{name}_total" in page
+    for query in dashboard.queries("A base elsewhere"):
+        assert not dashboard.unanswered(query, page), query
     value = next(
         float(line.split()[-1])
         for line in page.splitlines()

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 
+import dashboard
 import openai
 import pytest
 import torch
@@ -149,16 +150,33 @@ def _json(value) -> str:
     return json.dumps(value)  # writes NaN and Infinity, as many clients do
 
 
-def test_metrics_show_what_drafts_are_accepted(trio, models, tmp_path):
-    server = Server(trio, tmp_path / "log", "--speculative-tokens", "2")
+def read_metrics(server) -> dict[str, float]:
+    """Each name of `/metrics`, with its labels, and its value."""
+    page = urllib.request.urlopen(server.url + "/metrics").read().decode()
+    lines = [line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#")]
+    return {name: float(number) for name, number in lines}
+
+
+def test_metrics_of_drafts_and_of_steering_over_two_front_ends(trio, models, tmp_path):
+    """Two API servers answer in turn as the system likes; each tells the counts of both."""
+    options = ("--api-server-count", "2", "--changed-tokens-every", "1")
+    server = Server(trio, tmp_path / "log", "--speculative-tokens", "2", *options)
     try:
+        for _ in range(6):
+            new = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+            new.completions.create(
+                model="steered",
+                prompt=[5],
+                max_tokens=1,
+                extra_body={"vllm_xargs": {"proxy_alpha": 0}},
+            )
         # Base plus half of the shift: the expert alone drafts right now and then.
         for alpha in (0.5, 1):
             want, _ = greedy(models, PROMPT, 24, alpha)
             assert server.complete(alpha, max_tokens=24).choices[0].token_ids == want
-        lines = urllib.request.urlopen(server.url + "/metrics").read().decode().splitlines()
+        metrics = read_metrics(server)
         counts = {
-            name: sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+            name: sum(number for line, number in metrics.items() if line.startswith(name))
             for name in (
                 "vllm:spec_decode_num_draft_tokens_total",
                 "vllm:spec_decode_num_accepted_tokens_total",
@@ -166,6 +184,21 @@ def test_metrics_show_what_drafts_are_accepted(trio, models, tmp_path):
         }
         drafted, accepted = counts.values()
         assert 0 < accepted < drafted
+        for alpha, count in (("0", 6), ("0.25-0.5", 1), ("0.75-1", 1)):
+            assert metrics[f'proxy_vllm:requests_total{{alpha="{alpha}"}}'] == count
+        assert metrics['proxy_vllm:num_drafts{engine="0"}'] == 2
+        # One token of each step: those that a draft brought are not looked at.
+        compared = metrics['proxy_vllm:compared_tokens{engine="0"}']
+        assert 48 - accepted <= compared <= 48
+        assert 0 < metrics['proxy_vllm:changed_tokens{engine="0"}'] < compared
+        with pytest.raises(openai.BadRequestError):
+            server.complete(99)
+        page = urllib.request.urlopen(server.url + "/metrics").read().decode()
+        for row in ("Steering", "Answers", "Drafts"):
+            for query in dashboard.queries(row):
+                assert not dashboard.unanswered(query, page), query
+        memory = [name for name in metrics if name.startswith("proxy_vllm:member_memory_bytes{")]
+        assert len(memory) == 6 and all(metrics[name] > 0 for name in memory)
     finally:
         server.stop()
 
@@ -183,6 +216,8 @@ def test_key_health_and_metrics(server):
     assert server.status("/health") == 200
     metrics = urllib.request.urlopen(server.url + "/metrics").read().decode()
     assert "vllm:generation_tokens_total" in metrics
+    for query in dashboard.queries("Answers"):
+        assert not dashboard.unanswered(query, metrics), query
 
 
 def test_sigterm_finishes_what_is_running(server, models):

@@ -72,6 +72,49 @@ def test_memory_of_each_member_is_told(llm, folders, told):
         assert 0 <= counted[role] - stored <= 512 * 32 * 4 + 64, role
 
 
+@torch.inference_mode()
+def changed_in(trio: Trio, prompt: list[int], answer: list[int]) -> int:
+    """Tokens of a greedy answer that are not the base's first choice at their place."""
+    logits = trio.base(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return int((logits.argmax(-1) != torch.tensor(answer)).sum())
+
+
+def test_changed_tokens_are_counted_where_a_request_is_steered(llm, reference):
+    """Every step measured, a prompt in chunks among them: the counts are exact."""
+
+    def every(steps: int) -> None:
+        llm.collective_rpc(
+            lambda worker: setattr(worker.model_runner.changed_tokens, "every", steps)
+        )
+
+    every(1)
+    (before,) = llm.collective_rpc("proxy_stats")
+    prompts = prompt_ids([5, 90, 9], vocab=VOCAB, seed=72)
+    alphas = [1.0, 0.0, -2.0]
+    answers = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        [greedy_params(STEPS, proxy_alpha=alpha) for alpha in alphas],
+    )
+    (after,) = llm.collective_rpc("proxy_stats")
+    every(0)
+    changed = [
+        changed_in(reference, prompt, list(answer.outputs[0].token_ids)) if alpha else 0
+        for prompt, answer, alpha in zip(prompts, answers, alphas)
+    ]
+    assert after["compared"] - before["compared"] == 2 * STEPS
+    assert after["changed"] - before["changed"] == sum(changed) > 0
+
+
+def test_memory_of_each_member_in_numbers(llm):
+    (stats,) = llm.collective_rpc("proxy_stats")
+    (weights,) = llm.apply_model(lambda model: dict(model.member_weight_bytes))
+    assert stats["weights"] == weights and list(weights) == ["base", "expert", "antiexpert"]
+    # Two layers against one.
+    cache = stats["kv_cache"]
+    assert cache["base"] == 2 * cache["expert"] == 2 * cache["antiexpert"]
+    assert 0.98 < sum(cache.values()) / SMALL["kv_cache_memory_bytes"] <= 1
+
+
 def test_an_alpha_that_came_past_admission_harms_nobody(llm, reference, caplog):
     """It runs with the engine's alpha, and is said once: a worker must not raise."""
     engine = llm.llm_engine
