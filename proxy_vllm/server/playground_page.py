@@ -67,6 +67,6 @@ def _settings(request: Request) -> JSONResponse:
             "alpha": proxy.alpha,
             "alpha_range": proxy.alpha_range,
             # Colours come from the local models' log-probabilities.
-            "explain": proxy.remote_base is None,
+            "explain": False,
         }
     )
