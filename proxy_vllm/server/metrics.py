@@ -81,7 +81,7 @@ class MetricsMiddleware:
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         path, method = scope.get("path", ""), scope.get("method")
-        if scope["type"] == "http" and method == "GET" and path.endswith("/metrics"):
+        if scope["type"] == "http" and method == "GET" and path.rstrip("/").endswith("/metrics"):
             await self._refresh(scope["app"].state)
         elif scope["type"] == "http" and method == "POST" and path.endswith(_ANSWERS):
             send = self._counting(scope, send)

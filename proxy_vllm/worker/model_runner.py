@@ -168,8 +168,10 @@ class ProxyModelRunner(GPUModelRunner):
 
     def _measure_changed_tokens(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
         # Of drafted positions the first is a token in any case; the others may be rejected.
-        first = input_batch.cu_num_logits[:-1].long()
-        read = self.req_states.prefill_len.gpu[input_batch.idx_mapping] <= input_batch.seq_lens
+        count = input_batch.num_reqs
+        first = input_batch.cu_num_logits[:count].long()
+        prompts = self.req_states.prefill_len.gpu[input_batch.idx_mapping[:count]]
+        read = prompts <= input_batch.seq_lens[:count]
         rows = hidden_states[input_batch.logits_indices[first]]
         self.changed_tokens.measure(self.model, rows, read)
 

@@ -77,6 +77,19 @@ class TestOneEngine:
             assert_logprobs(reference, row, outputs[row], 3)
         assert_quiet(seen)
 
+    def test_changed_tokens_are_counted_without_a_wait(self, engine, expected):
+        llm, runner = engine[:2]
+        runner.changed_tokens.every = 1
+        try:
+            with watch() as seen:
+                tokens = tokens_of(generate(llm, ALL))
+            compared, changed = runner.changed_tokens.counts()
+        finally:
+            runner.changed_tokens.every = 0
+        assert tokens == expected
+        assert_quiet(seen)
+        assert 0 < changed < compared == TOKENS * (len(ROWS) - 1)  # one has alpha 0
+
     def test_prompt_log_probabilities(self, llm, expected):
         with watch() as seen:
             (output,) = generate(llm, [2], prompt_logprobs=2)
