@@ -65,6 +65,8 @@ class ProxyConfig:
         unnamed_tokens: the tokens before that which no tokenizer names.
         changed_tokens_every: compare the likeliest token with the base's in one step of this many,
             for ``/metrics`` (see ``worker/changed_tokens.py``); 0 is off.
+        same_weights: the small members that are another member, such as ``{"expert": "base"}``: the
+            same checkpoint, read alike. Found at start-up, not set by users.
         kv_cache_tables: ``one`` block table for all layers, ``several`` for kinds of attention that
             differ, or ``auto`` for what holds more requests (see ``composite/kv_layout.py``).
     """
@@ -86,6 +88,7 @@ class ProxyConfig:
     speculative_tokens: int | str | None = None
     named_tokens: int | None = None
     unnamed_tokens: tuple[int, ...] = ()
+    same_weights: dict[str, str] = field(default_factory=dict)
     remote_base: RemoteBase | None = None
     changed_tokens_every: int = 0
     kv_cache_tables: str = "auto"
@@ -164,6 +167,18 @@ class ProxyConfig:
         homeless = sorted(set(moves.values()) - set(moves))
         free = sorted(set(moves) - set(moves.values()))
         return {**moves, **dict(zip(homeless, free, strict=True))}
+
+    def runs(self, role: str) -> bool:
+        """Whether a member has a pass and a KV cache of its own.
+
+        One that is the base has none, unless it may read another prompt.
+        """
+        return self.same_weights.get(role) != "base" or self.takes_own_prompts
+
+    @property
+    def drafter(self) -> str | None:
+        """The small member that drafts tokens, if asked to; None where both are the base."""
+        return next((r for r in ROLES[1:] if self.same_weights.get(r) != "base"), None)
 
     @property
     def expert_drafts(self) -> bool:

@@ -48,6 +48,7 @@ def prepare_engine_args(
     Raises:
         UserError: members that do not fit together, or arguments that they cannot honour.
     """
+    from proxy_vllm.checks.same_weights import with_same_weights
     from proxy_vllm.checks.token_names import with_named_tokens
     from proxy_vllm.plugin import register
     from proxy_vllm.surface import show_expert
@@ -63,6 +64,7 @@ def prepare_engine_args(
     kwargs, configs = validate_trio(kwargs, proxy)
     if proxy.remote_base is not None:
         proxy = checked_endpoint(proxy, configs)
+    proxy = with_same_weights(proxy, configs)
     kwargs = show_expert(
         kwargs,
         configs,

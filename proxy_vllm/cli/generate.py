@@ -183,7 +183,7 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
     name_base(args, proxy)
     engine = EngineArgs.from_cli_args(args)
     own = {field.name: getattr(proxy, field.name) for field in dataclasses.fields(proxy)}
-    for found_at_start in ("named_tokens", "unnamed_tokens"):
+    for found_at_start in ("named_tokens", "unnamed_tokens", "same_weights"):
         del own[found_at_start]
     if (remote := own.pop("remote_base")) is not None:
         more = dataclasses.asdict(remote)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,9 @@ class PlanSubcommand:
                 gpu,
                 speculative_tokens=args.speculative_tokens,
                 acceptance=args.acceptance,
+                same_as_base=[
+                    r for r in ("expert", "antiexpert") if _same(getattr(args, r), args.model)
+                ],
                 **load,
             )
         if args.json == "-":
@@ -155,6 +159,12 @@ class PlanSubcommand:
         return parser
 
 
+def _same(name: str, base: str) -> bool:
+    """Whether two names are one model's, so that an engine loads and runs it once."""
+    names = [os.path.realpath(n) if os.path.exists(n) else n for n in (name, base)]
+    return names[0] == names[1]
+
+
 def _write_json(path: str, result: dict[str, Any]) -> None:
     from proxy_vllm.errors import UserError
 
@@ -201,7 +211,9 @@ def print_plan(result: Plan | RemoteBasePlan) -> None:
     weights.columns[2].justify = "right"
     for role in ("base", "expert", "antiexpert"):
         if role in result.weights_gib:
-            weights.add_row(role, escape(inputs[role]), _gib(result.weights_gib[role]))
+            same = role in inputs.get("same_as_base", ())
+            size = "the base's" if same else _gib(result.weights_gib[role])
+            weights.add_row(role, escape(inputs[role]), size)
     weights.add_row("total", "", _gib(result.weights_gib["total"]))
     console.print(weights)
     if isinstance(result, Plan):

@@ -14,7 +14,6 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 
 from proxy_vllm.composite.member_configs import view
-from proxy_vllm.config import ROLES
 
 # Attributes of an attention layer's implementation by which metadata may differ.
 _ATTENTION_KIND = ("num_heads", "num_kv_heads", "head_size", "logits_soft_cap")
@@ -37,9 +36,9 @@ def give_own_attention(members: dict[str, nn.Module], configs: dict[str, VllmCon
     that agree in dtype, heads, head size and soft cap share theirs.
     """
     own: dict[tuple, type[AttentionBackend]] = {}
-    for role in ROLES:
+    for role, member in members.items():
         config = configs[role].model_config
-        for layer in cache_layers(members[role]):
+        for layer in cache_layers(member):
             backend, window = layer.get_attn_backend(), getattr(layer, "sliding_window", None)
             plain = type(layer) is Attention
             if role == "base" and plain and window is None:

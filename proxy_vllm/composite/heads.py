@@ -4,6 +4,7 @@ Combining before communicating means that ranks exchange what the sampler needs 
 few counts) instead of three gathered ``[N, V]``; what needs the whole distribution gathers one.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,6 +48,17 @@ def local_logits(member: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return member.logits_processor(member.lm_head, hidden, skip_gather=True)
 
 
+def each_once(
+    members: Sequence[nn.Module], compute: Callable[[int, nn.Module], torch.Tensor]
+) -> list[torch.Tensor]:
+    """``compute`` of each member and its number; of one that stands there twice the same tensor."""
+    results: list[torch.Tensor] = []
+    for i, member in enumerate(members):
+        first = members.index(member)
+        results.append(results[first] if first < i else compute(i, member))
+    return results
+
+
 @dataclass
 class MemberLogits:
     """Logits of base, expert and antiexpert: whole, or one rank's on the base's boundaries."""
@@ -85,16 +97,18 @@ class ShardedHeads:
     def local(self, hidden: list[torch.Tensor]) -> MemberLogits:
         """This rank's columns of each member for hidden states ``[N, d_m]``."""
         wanted = self.ranges[0]
-        logits = []
-        for member, own, h in zip(self.members, self.ranges, hidden):
+
+        def shard_of(i: int, member: nn.Module) -> torch.Tensor:
+            own = self.ranges[i]
             start, end = own[self.rank]
-            shard = local_logits(member, h)[:, : end - start]
+            shard = local_logits(member, hidden[i])[:, : end - start]
             if own != wanted:
                 # Past the base's vocabulary nothing is wanted; before its end nothing is missing
                 # but the columns that this member does not have.
                 shard = realign_columns(shard.contiguous(), own, wanted, self.exchange)
-            logits.append(shard)
-        return MemberLogits(logits, self.columns, sharded=True)
+            return shard
+
+        return MemberLogits(each_once(self.members, shard_of), self.columns, sharded=True)
 
     def combined_local(self, logits: MemberLogits, alpha: torch.Tensor) -> torch.Tensor:
         """This rank's columns ``[N, width]`` float32 of the distribution, padded as vLLM's are."""

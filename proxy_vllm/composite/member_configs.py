@@ -58,7 +58,8 @@ def member_model_configs(composite: ModelConfig, proxy: ProxyConfig) -> dict[str
     """One ``ModelConfig`` for each role, at the engine's length limit."""
     configs = {"base": base_model_config(composite)}
     for role in ROLES[1:]:
-        configs[role] = member_model_config(role, proxy, composite)
+        source = proxy.same_weights.get(role)
+        configs[role] = configs[source] if source else member_model_config(role, proxy, composite)
     for config in configs.values():
         config.max_model_len = composite.max_model_len
     return configs

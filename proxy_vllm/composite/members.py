@@ -8,10 +8,13 @@ import torch
 import torch.nn as nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
 from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
 
 from proxy_vllm.composite.cpu_rotary import rotate_flat
 from proxy_vllm.config import ROLES
@@ -81,6 +84,25 @@ def retie_embeddings(member: nn.Module, member_config: VllmConfig) -> None:
     (on ``meta``) until the whole composite is done, and a shared head stays shared.
     """
     maybe_retie_word_embeddings(member, member_config.model_config)
+
+
+def outlive_graphs(
+    output: torch.Tensor | IntermediateTensors,
+) -> torch.Tensor | IntermediateTensors:
+    """A member's output, safe from the members that run after it.
+
+    Piecewise CUDA graphs share one memory pool, and vLLM hands the output of a model's last graph
+    back to it: nothing else runs before that output is read. Here other members' graphs do, and
+    would write over it.
+    """
+    if (
+        not is_forward_context_available()
+        or get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE
+    ):
+        return output
+    if isinstance(output, IntermediateTensors):
+        return IntermediateTensors({name: tensor.clone() for name, tensor in output.items()})
+    return output.clone()
 
 
 def weight_bytes(module: nn.Module) -> int:

@@ -1,14 +1,14 @@
 """``ProxyTunedForCausalLM``: three vLLM models that run as one."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 from vllm.config import VllmConfig
-from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.config.compilation import CompilationMode
 from vllm.distributed import get_pp_group, get_tp_group
-from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import SupportsPP, supports_pp
 from vllm.model_executor.models.utils import maybe_prefix
@@ -16,15 +16,18 @@ from vllm.sequence import IntermediateTensors
 
 from proxy_vllm.composite.attention import give_own_attention, has_states, separate_attention
 from proxy_vllm.composite.formula import combine_logits
-from proxy_vllm.composite.heads import FusedHeads, MemberLogits, ShardedHeads
+from proxy_vllm.composite.heads import FusedHeads, MemberLogits, ShardedHeads, each_once
 from proxy_vllm.composite.member_configs import member_vllm_configs
 from proxy_vllm.composite.members import (
     build_member,
     load_member,
     naming_member,
+    outlive_graphs,
     retie_embeddings,
     weight_bytes,
 )
+from proxy_vllm.composite.packed_rows import PackedRows
+from proxy_vllm.composite.shared_weights import build_sharing
 from proxy_vllm.composite.token_map import number_as_base
 from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
@@ -37,9 +40,6 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 
-# Parts of a packed row begin at multiples of this many elements. The heads' products load 16 bytes
-# at once only where every row begins at a multiple of that; Triton asks for 16 elements to know.
-_SLOT = 16
 # Rows whose logits are computed at once: a batch of generated tokens, and little memory for more.
 _LOGIT_ROWS = 1024
 
@@ -47,15 +47,13 @@ _LOGIT_ROWS = 1024
 class ProxyTunedForCausalLM(nn.Module, SupportsPP):
     """Base, expert and antiexpert behind vLLM's interface of a single text-generation model.
 
-    ``forward`` returns one tensor ``[T, width]``, as vLLM's runners expect: the three hidden states
-    side by side, then the row's alpha as the bits of a float32. So whatever vLLM does with the rows
-    of a hidden state (sampling positions, prompt log-probabilities, draft verification, gathering
-    over ranks), each row keeps its own alpha.
+    ``forward`` returns one tensor ``[T, width]``, as vLLM's runners expect: the hidden states side
+    by side and the row's alpha (see ``packed_rows.py``). So whatever vLLM does with the rows of a
+    hidden state (sampling positions, prompt log-probabilities, draft verification, gathering over
+    ranks), each row keeps its own alpha.
 
-    Packing costs one write and one read of the hidden states, for 8B + 2 x 1B 16 KiB a token: under
-    a microsecond in a decode step of 64 rows at 4 TB/s, and one launch. Without it the three states
-    would have to reach the sampler beside vLLM's runner, through attributes that CUDA graphs, draft
-    verification and pipeline ranks know nothing of.
+    A small member that is the base (``ProxyConfig.same_weights``) has no weights, no pass and no
+    cache of its own; where it reads another prompt, it has a pass and a cache and no weights.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -70,26 +68,39 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             role: config.model_config.get_vocab_size()
             for role, config in self.member_configs.items()
         }
+        shared = self.proxy_config.same_weights
+        # Roles with weights of their own, and those that run.
+        self.loaded_roles = [role for role in ROLES if role not in shared]
+        self.run_roles = [role for role in ROLES if self.proxy_config.runs(role)]
         for role in ROLES:
-            member = build_member(role, self.member_configs[role], maybe_prefix(prefix, role))
+            if role not in self.run_roles:
+                # No submodule, or vLLM would find every layer twice.
+                object.__setattr__(self, role, getattr(self, shared[role]))
+                continue
+            config, name = self.member_configs[role], maybe_prefix(prefix, role)
+            if role in shared:
+                setattr(self, role, build_sharing(role, config, name, getattr(self, shared[role])))
+                continue
+            member = build_member(role, config, name)
             setattr(self, role, member)
             if moves := self.proxy_config.moved_tokens(role):
                 number_as_base(role, member, moves)
-        members = dict(zip(ROLES, self.members()))
+        members = {role: getattr(self, role) for role in self.run_roles}
         give_own_attention(members, self.member_configs)
         if unsupported_reason(vllm_config) is None:
             separate_attention(members)
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            for role in ROLES:
+            for role in self.run_roles:
                 if not supports_pp(getattr(self, role)):
                     raise UserError(
                         f"{role}: {type(getattr(self, role)).__name__} does not support"
                         " --pipeline-parallel-size; use --tensor-parallel-size"
                     )
-        dtypes = {config.model_config.dtype for config in self.member_configs.values()}
         self.compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
-        # Any 16-bit hidden state passes through float32 unchanged.
-        self.hidden_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        self.packed = PackedRows(
+            {role: self.member_configs[role].model_config.dtype for role in self.run_roles}
+        )
+        self.hidden_dtype = self.packed.dtype
         self.columns = self._columns()
         self.sharded_heads: ShardedHeads | None = None
         if get_pp_group().is_last_rank and ShardedHeads.supports(self.members()):
@@ -99,16 +110,18 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             self.compute_logits_local = self._compute_logits_local
         self.register_buffer("unnamed_columns", self._unnamed_columns(), persistent=False)
         # Taken before vLLM repacks weights into forms that are no parameters (as it does on a CPU).
-        self.member_weight_bytes = {role: weight_bytes(getattr(self, role)) for role in ROLES}
+        self.member_weight_bytes = self._weight_bytes()
         self.weights_loaded = False
         self.fused_heads: FusedHeads | None = None
         # Ids of members with fewer tokens than the base, made in the first, largest run.
         self._ids: dict[str, torch.Tensor] = {}
-        # Hidden size of each member, known when it has run once (some project after their norm).
-        self._widths: tuple[int, ...] = ()
 
     def members(self) -> list[nn.Module]:
+        """Base, expert and antiexpert; one that is the base is the very same module."""
         return [getattr(self, role) for role in ROLES]
+
+    def _weight_bytes(self) -> dict[str, int]:
+        return {role: weight_bytes(getattr(self, role)) for role in self.loaded_roles}
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.base.embed_input_ids(input_ids)
@@ -117,9 +130,9 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         self, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> IntermediateTensors:
         tensors = {}
-        for role, member in zip(ROLES, self.members()):
+        for role in self.run_roles:
             own = self.member_configs[role].model_config.dtype
-            empty = member.make_empty_intermediate_tensors(batch_size, own, device)
+            empty = getattr(self, role).make_empty_intermediate_tensors(batch_size, own, device)
             tensors.update({f"{role}.{name}": tensor for name, tensor in empty.items()})
         return IntermediateTensors(tensors)
 
@@ -135,13 +148,13 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         """Run the three members, over the same tokens unless ``members`` gives each its own.
 
         Returns:
-            On the last pipeline rank ``[T, sum of hidden sizes + alpha]``, else the members'
+            On the last pipeline rank packed rows ``[T, width]``, else the members'
             intermediate tensors, their names prefixed with the role.
         """
         if members is not None:
             return self._pack(self._forward_own(members), alpha)
-        outputs = []
-        for role, member in zip(ROLES, self.members()):
+        outputs = {}
+        for role in self.run_roles:
             stage = None
             if intermediate_tensors is not None:
                 stage = IntermediateTensors(
@@ -152,40 +165,46 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
                     }
                 )
             ids = None if input_ids is None else self._known_ids(role, input_ids)
-            outputs.append(_outlive(role, member(ids, positions, intermediate_tensors=stage)))
+            output = getattr(self, role)(ids, positions, intermediate_tensors=stage)
+            outputs[role] = self._kept(role, output)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors(
                 {
                     f"{role}.{name}": tensor
-                    for role, output in zip(ROLES, outputs)
+                    for role, output in outputs.items()
                     for name, tensor in output.items()
                 }
             )
         return self._pack(outputs, alpha)
 
-    def _forward_own(self, members: "tuple[MemberInputs, ...]") -> list[torch.Tensor]:
+    def _kept(self, role: str, output: Any) -> Any:
+        return output if role == self.run_roles[-1] else outlive_graphs(output)
+
+    def _forward_own(self, members: "tuple[MemberInputs, ...]") -> dict[str, torch.Tensor]:
         """Hidden states of each member, ``[T, d_m]`` in the order of the scheduler's batch.
 
         Rows that a member does not have are zero; nothing is sampled from them.
         """
         slot_mapping = get_forward_context().slot_mapping
-        outputs = []
-        for i, (role, own) in enumerate(zip(ROLES, members, strict=True)):
-            if own.absent and self._widths:
-                shape = (own.input_ids.shape[0], self._widths[i])
-                outputs.append(own.positions.new_zeros(shape, dtype=self.hidden_dtype))
+        outputs: dict[str, torch.Tensor] = {}
+        for role, own in zip(ROLES, members, strict=True):
+            if role not in self.run_roles:
+                continue
+            if own.absent and self.packed.widths:
+                shape = (own.input_ids.shape[0], self.packed.widths[role])
+                outputs[role] = own.positions.new_zeros(shape, dtype=self.hidden_dtype)
                 continue
             # KV-cache writes take their slots from here, by layer.
             slot_mapping.update(dict.fromkeys(own.layers, own.slots))
             if self.vocab_sizes[role] < self.vocab_size:
                 # As in `_known_ids`; in place, since graphs read this very buffer.
                 own.input_ids.masked_fill_(own.input_ids >= self.vocab_sizes[role], 0)
-            hidden = _outlive(role, getattr(self, role)(own.input_ids, own.positions))
+            hidden = self._kept(role, getattr(self, role)(own.input_ids, own.positions))
             if own.rows is not None:
                 packed = hidden
                 hidden = torch.zeros_like(packed)
                 hidden[own.rows] = packed[: own.rows.shape[0]]
-            outputs.append(hidden)
+            outputs[role] = hidden
         return outputs
 
     def _known_ids(self, role: str, ids: torch.Tensor) -> torch.Tensor:  # [T] -> [T]
@@ -203,37 +222,19 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             buffer = self._ids[role] = ids.new_zeros(max(most, len(ids)))
         return buffer[: len(ids)].copy_(ids).masked_fill_(ids >= size, 0)
 
-    def _pack(self, hidden: list[torch.Tensor], alpha: torch.Tensor | None) -> torch.Tensor:
+    def _pack(self, hidden: dict[str, torch.Tensor], alpha: torch.Tensor | None) -> torch.Tensor:
         if alpha is None:
-            alpha = torch.full(
-                (hidden[0].shape[0],),
-                self.proxy_config.alpha,
-                dtype=torch.float32,
-                device=hidden[0].device,
-            )
-        self._widths = tuple(h.shape[-1] for h in hidden)
-        parts = [h.to(self.hidden_dtype) for h in hidden]
-        padding = [width - h.shape[-1] for width, h in zip(self._slots(), hidden)]
-        parts = [nn.functional.pad(h, (0, n)) if n else h for n, h in zip(padding, parts)]
-        copies = _SLOT * self.hidden_dtype.itemsize // alpha.itemsize
-        bits = alpha[:, None].repeat(1, copies).view(self.hidden_dtype)
-        return torch.cat([*parts, bits], dim=-1)
-
-    def _slots(self) -> list[int]:
-        """Elements of each member's part of a packed row."""
-        return [-(-width // _SLOT) * _SLOT for width in self._widths]
+            rows = hidden["base"]
+            alpha = rows.new_full((len(rows),), self.proxy_config.alpha, dtype=torch.float32)
+        return self.packed.pack(hidden, alpha)
 
     def unpack(
         self, packed: torch.Tensor
     ) -> tuple[list[torch.Tensor], torch.Tensor]:  # 3 x [N, d_m], [N] float32
         """Take apart rows that ``forward`` returned: hidden state of each member, alpha."""
-        slots = self._slots()
-        *hidden, bits = packed.split([*slots, packed.shape[-1] - sum(slots)], dim=-1)
-        hidden = [
-            h[:, :width].to(self.member_configs[role].model_config.dtype)
-            for role, h, width in zip(ROLES, hidden, self._widths)
-        ]
-        return hidden, bits.view(torch.float32)[:, 0].contiguous()
+        hidden, alpha = self.packed.unpack(packed)
+        shared = self.proxy_config.same_weights
+        return [hidden[r if r in hidden else shared[r]] for r in ROLES], alpha
 
     def _columns(self) -> Columns:
         """Which of the base's tokens the formula covers."""
@@ -248,9 +249,14 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             )
         return columns
 
+    @property
+    def _forbidding(self) -> int:
+        """The small member whose logits forbid tokens that no tokenizer names; not the base's."""
+        return 2 if self.expert is self.base else 1
+
     def _unnamed_columns(self) -> torch.Tensor | None:
-        """Columns of the expert's logits on this rank that no tokenizer names; None for none."""
-        start, end = 0, self.vocab_sizes["expert"]
+        """Columns on this rank that no tokenizer names; None for none."""
+        start, end = 0, self.vocab_sizes[ROLES[self._forbidding]]
         if self.sharded_heads is not None:
             start, wanted = self.sharded_heads.ranges[0][self.sharded_heads.rank]
             end = min(end, wanted)
@@ -263,11 +269,14 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         if self.sharded_heads is not None:
             logits = self.sharded_heads.local(hidden)
         else:
-            members = [member.compute_logits(h) for member, h in zip(self.members(), hidden)]
+            members = each_once(self.members(), lambda i, member: member.compute_logits(hidden[i]))
             logits = MemberLogits(members, self.columns, sharded=False)
         if self.unnamed_columns is not None and logits.members[1] is not None:
-            # What the expert forbids is never drawn unless alpha is 0: ``kernels/reference.py``.
-            logits.members[1].index_fill_(1, self.unnamed_columns, -torch.inf)
+            # What a small member forbids is never drawn unless alpha is 0: `kernels/reference.py`.
+            forbidding = self._forbidding
+            if self.members()[forbidding] is self.base:
+                logits.members[forbidding] = logits.members[forbidding].clone()
+            logits.members[forbidding].index_fill_(1, self.unnamed_columns, -torch.inf)
         return logits
 
     def prepare_fused_heads(self) -> None:
@@ -353,20 +362,18 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
     @property
     def packed_width(self) -> int:
         """Width of ``forward``'s output; 0 until it has run."""
-        if not self._widths:
-            return 0
-        return sum(self._slots()) + _SLOT
+        return self.packed.width
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the base from ``weights`` and the small members from their own checkpoints."""
         with naming_member("base", self.member_configs["base"]):
             loaded = self.base.load_weights(weights)
-        for role in ROLES[1:]:
+        for role in self.loaded_roles[1:]:
             load_member(role, getattr(self, role), self.member_configs[role])
         if not self.weights_loaded:
-            for role in ROLES:
+            for role in self.loaded_roles:
                 retie_embeddings(getattr(self, role), self.member_configs[role])
-            self.member_weight_bytes = {role: weight_bytes(getattr(self, role)) for role in ROLES}
+            self.member_weight_bytes = self._weight_bytes()
         self.weights_loaded = True
         # vLLM compares what was loaded with what exists. The small members' loaders did so for
         # theirs; a base that does not tell is taken at its word, as vLLM does.
@@ -390,23 +397,3 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         from proxy_vllm.worker.model_state import ProxyHybridModelState, ProxyModelState
 
         return ProxyHybridModelState if has_states(self) else ProxyModelState
-
-
-def _outlive(
-    role: str, output: torch.Tensor | IntermediateTensors
-) -> torch.Tensor | IntermediateTensors:
-    """A member's output, safe from the members that run after it.
-
-    Piecewise CUDA graphs share one memory pool, and vLLM hands the output of a model's last graph
-    back to it: nothing else runs before that output is read. Here other members' graphs do, and
-    would write over it.
-    """
-    if (
-        role == ROLES[-1]
-        or not is_forward_context_available()
-        or get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE
-    ):
-        return output
-    if isinstance(output, IntermediateTensors):
-        return IntermediateTensors({name: tensor.clone() for name, tensor in output.items()})
-    return output.clone()

@@ -21,7 +21,7 @@ for each group of layers (tables.py). A window holds more than that while its pr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -197,11 +197,15 @@ def plan(
     reserve_gib: float = RESERVE_GIB,
     speculative_tokens: int | None = None,
     acceptance: float | None = None,
+    same_as_base: Collection[str] = (),
+    another_prompt: Collection[str] = (),
 ) -> Plan:
     """Time, memory and fit of a trio on `tp` GPUs.
 
     With `speculative_tokens`, of which each is accepted with probability `acceptance`, also the
-    speed with drafts. The drafter is the expert in place, so memory stays as it is.
+    speed with drafts. The drafter is the expert in place, so memory stays as it is. Small members
+    in `same_as_base` are the base itself: they cost nothing, or where they read `another_prompt` a
+    pass and a cache and no weights.
     Members are shapes, or anything that `proxy_vllm.plan.model_size.load_config` reads. Raises
     `UserError` for an input that no engine could run, by name.
 
@@ -220,6 +224,10 @@ def plan(
     notes = [f"{role}: {note}" for role, m in zip(roles, members) for note in m.notes]
     size = element_bytes(dtype, kv_cache_dtype)
     notes += warnings(dict(zip(roles, members)), size, context, gpu, tp)
+    own_weights = [role not in same_as_base for role in roles]
+    running = [
+        m for role, m, own in zip(roles, members, own_weights) if own or role in another_prompt
+    ]
     if (speculative_tokens is None) != (acceptance is None):
         raise UserError(
             "--speculative-tokens and --acceptance go together: the share of drafts that is"
@@ -234,17 +242,29 @@ def plan(
         dtype_bytes=size.weights,
         kv_bytes=size.kv,
     )
-    floor, alone = floor_of(members), floor_of(members[:1])
+    floor, alone = floor_of(running), floor_of(members[:1])
     drafts = None
     if speculative_tokens is not None and acceptance is not None:
+        if not any(own_weights[1:]):
+            raise UserError("--speculative-tokens: expert and antiexpert are the base itself")
+        drafter = members[1 if own_weights[1] else 2]
         drafts = speculation(
-            members, floor_of, batch=batch, drafts=speculative_tokens, acceptance=acceptance
+            running,
+            drafter,
+            floor_of,
+            batch=batch,
+            drafts=speculative_tokens,
+            acceptance=acceptance,
         )
 
-    weights = {role: m.weight_bytes(size) / GIB for role, m in zip(roles, members)}
+    holding = [m for m, own in zip(members, own_weights) if own]
+    weights = {
+        role: m.weight_bytes(size) / GIB if own else 0.0
+        for role, m, own in zip(roles, members, own_weights)
+    }
     budget_gib = gpu.memory_gib * gpu_memory_utilization - reserve_gib
     kv_tokens = partial(fitting_tokens, size=size, budget_gib=budget_gib, context=context, tp=tp)
-    tokens = kv_tokens(members)
+    tokens = kv_tokens(running, holding=holding)
     return Plan(
         step_ms=floor.step_ms,
         base_step_ms=alone.step_ms,
@@ -255,12 +275,13 @@ def plan(
         fits=tokens >= batch * context,
         kv_tokens=tokens,
         base_kv_tokens=kv_tokens(members[:1]),
-        kv_tokens_one_table=kv_tokens(members, one_table=True),
-        kv_bytes_per_token=_held(members, size, context, tp) / context,
+        kv_tokens_one_table=kv_tokens(running, holding=holding, one_table=True),
+        kv_bytes_per_token=_held(running, size, context, tp) / context,
         weights_gib={**weights, "total": sum(weights.values())},
         parts_ms=asdict(floor),
         inputs={
             **{role: m.name for role, m in zip(roles, members)},
+            "same_as_base": sorted(same_as_base),
             "gpu": asdict(gpu),
             "tensor_parallel_size": tp,
             "dtype": dtype,
@@ -282,10 +303,15 @@ def fitting_tokens(
     budget_gib: float,
     context: int,
     tp: int,
+    holding: Sequence[ModelShape] | None = None,
     one_table: bool = False,
 ) -> int:
-    """Tokens that the KV cache of `members` holds in `budget_gib` of each GPU beside weights."""
-    left = budget_gib * GIB - sum(m.weight_bytes(size) for m in members) / tp
+    """Tokens that the KV cache of `members` holds in `budget_gib` of each GPU beside weights.
+
+    `holding` are those with weights of their own; None: all of them.
+    """
+    holders = members if holding is None else holding
+    left = budget_gib * GIB - sum(m.weight_bytes(size) for m in holders) / tp
     held = _held(members, size, context, tp, one_table=one_table)
     return max(0, int(left // (held / context)))
 

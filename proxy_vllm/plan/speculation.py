@@ -46,7 +46,8 @@ def expected_tokens(acceptance: float, drafts: int) -> float:
 
 
 def speculation(
-    members: Sequence[ModelShape],  # base, expert, antiexpert
+    members: Sequence[ModelShape],  # those that run, the base first
+    drafter: ModelShape,
     floor: Callable[..., StepFloor],  # of members, with tokens_per_row
     *,
     batch: int,
@@ -61,8 +62,8 @@ def speculation(
         raise UserError(f"--speculative-tokens {drafts}: give a number from 1 to {MOST_TOKENS}")
     if not 0 <= acceptance <= 1:
         raise UserError(f"--acceptance {acceptance}: give a share from 0 to 1")
-    base, expert = members[:2]
-    draft_ms = drafts * floor([expert]).step_ms
+    base = members[0]
+    draft_ms = drafts * floor([drafter]).step_ms
     round_ms = draft_ms + floor(members, tokens_per_row=drafts + 1).step_ms
     peer_ms = draft_ms + floor([base], tokens_per_row=drafts + 1).step_ms
     tokens = expected_tokens(acceptance, drafts)

@@ -20,6 +20,8 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
+from proxy_vllm.config import ROLES, ProxyConfig
+
 
 @triton.jit
 def _start_kernel(
@@ -101,6 +103,8 @@ def _advance_kernel(
 class ExpertSpeculator(DraftModelSpeculator):
     """Drafts K tokens a step with the expert of the composite that verifies them.
 
+    Where the expert is the base itself, the antiexpert drafts in its place.
+
     Each draft is drawn with the noise that will draw the token itself (request seed, position,
     token id), so that also at a temperature the two agree wherever expert and combination do.
     Penalties, grammars and filters are left to the verification.
@@ -108,6 +112,9 @@ class ExpertSpeculator(DraftModelSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
+        drafter = ProxyConfig.from_vllm_config(vllm_config).drafter
+        assert drafter is not None  # `with_same_weights` refuses such engines
+        self.drafter = drafter
         self.sample_positions = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         self.graphs: SpeculatorCudaGraphManager | None = None
         self.model_state: Any = None  # of a run that profiles memory, before there is one
@@ -115,16 +122,18 @@ class ExpertSpeculator(DraftModelSpeculator):
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> nn.Module:
-        return target_model.expert
+        return getattr(target_model, self.drafter)
 
     def load_model(self, target_model: nn.Module) -> None:
         # vLLM's own method takes the layers that loading a drafter adds; here it adds none.
         layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
-        self.draft_attn_layer_names = {name for name in layers if name.startswith("expert.")}
+        self.draft_attn_layer_names = {
+            name for name in layers if name.startswith(f"{self.drafter}.")
+        }
         self.model = self.load_draft_model(target_model, set(layers))
         # Tokens that the combination can draw.
         self.drawable = target_model.columns.named
-        self.vocab_size = target_model.vocab_sizes["expert"]
+        self.vocab_size = target_model.vocab_sizes[self.drafter]
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         whole = (
@@ -262,7 +271,7 @@ class ExpertSpeculator(DraftModelSpeculator):
             input_batch.seq_lens,
             num_sampled,
             num_rejected,
-            own.pads.gpu[1] if own is not None else None,
+            own.pads.gpu[ROLES.index(self.drafter)] if own is not None else None,
             buffers.input_ids,
             buffers.positions,
             self.sample_positions,

@@ -38,9 +38,12 @@ class ExpertProposer(DraftModelProposer):
 
     def load_model(self, target_model: nn.Module) -> None:
         self.target = target_model
-        self.model = target_model.expert
+        self.drafter = target_model.proxy_config.drafter
+        self.model = getattr(target_model, self.drafter)
         layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
-        self._draft_attn_layer_names = {name for name in layers if name.startswith("expert.")}
+        self._draft_attn_layer_names = {
+            name for name in layers if name.startswith(f"{self.drafter}.")
+        }
         # Only drafters that read the target's hidden states use these.
         self.hidden_states = self.inputs_embeds = torch.empty(0)
 
@@ -93,7 +96,7 @@ class ExpertProposer(DraftModelProposer):
             )
             _, by_layer = self.build_per_group_and_layer_attn_metadata(metadata, step)
             known = self.input_ids[:batch].copy_(tokens)
-            known.masked_fill_(known >= self.target.vocab_sizes["expert"], 0)
+            known.masked_fill_(known >= self.target.vocab_sizes[self.drafter], 0)
             with set_forward_context(
                 by_layer,
                 self.vllm_config,

@@ -45,13 +45,9 @@ class ProxyWorker(Worker):
             if not self.use_v2_model_runner:
                 raise UserError("--fused-head-max-batch needs Model Runner V2: leave it out")
             model.prepare_fused_heads()
-        logger.info(
-            "Weights on rank %d: %s",
-            self.rank,
-            ", ".join(
-                f"{role} {format_gib(b)} GiB" for role, b in model.member_weight_bytes.items()
-            ),
-        )
+        held = [f"{role} {format_gib(b)} GiB" for role, b in model.member_weight_bytes.items()]
+        shared = [f"{r} those of the {s}" for r, s in model.proxy_config.same_weights.items()]
+        logger.info("Weights on rank %d: %s", self.rank, ", ".join(held + shared))
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The caches of this rank's layers, in the layout that holds more requests."""

@@ -12,6 +12,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import ForwardContext, override_forward_context
 
 import proxy_vllm.composite.model as model
+from proxy_vllm.composite.packed_rows import PackedRows
 from proxy_vllm.config import ROLES
 from proxy_vllm.own_prompts.inputs import MemberInputs
 
@@ -47,7 +48,10 @@ def composite(monkeypatch):
     dtype = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32))
     composite.member_configs = dict.fromkeys(ROLES, dtype)
     composite.hidden_dtype = torch.float32
-    composite._ids, composite._widths = {}, ()
+    composite.run_roles = list(ROLES)
+    composite.proxy_config = SimpleNamespace(same_weights={})
+    composite.packed = PackedRows(dict.fromkeys(ROLES, torch.float32))
+    composite._ids = {}
     return composite
 
 
@@ -94,15 +98,13 @@ def test_a_member_reads_its_ids_at_one_address(composite):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_rows_are_aligned(composite, dtype):
     """Whatever the members' widths, each part of each row begins at a multiple of 16 elements."""
-    composite.hidden_dtype = dtype
-    config = SimpleNamespace(model_config=SimpleNamespace(dtype=dtype))
-    composite.member_configs = dict.fromkeys(ROLES, config)
-    hidden = [torch.randn(5, width).to(dtype) for width in (48, 7, 33)]
+    composite.packed = PackedRows(dict.fromkeys(ROLES, dtype))
+    hidden = {r: torch.randn(5, n).to(dtype) for r, n in zip(ROLES, (48, 7, 33), strict=True)}
     alpha = torch.tensor([0.0, 1.5, -2.25, 1e-30, 3.1])
     packed = composite._pack(hidden, alpha)
     assert packed.shape == (5, composite.packed_width) and packed.shape[1] % 16 == 0
     parts, alphas = composite.unpack(packed[[4, 0]])
     assert alphas.is_contiguous() and torch.equal(alphas, alpha[[4, 0]])
-    for part, whole in zip(parts, hidden, strict=True):
+    for part, whole in zip(parts, hidden.values(), strict=True):
         assert torch.equal(part, whole[[4, 0]])
         assert part.storage_offset() % 16 == 0 and part.stride(0) % 16 == 0
