@@ -11,7 +11,7 @@ export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test test-v1 test-rest test-kernels test-v2 test-device test-slow lint types format hooks \
-  setup install clean
+  setup install browser clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -84,7 +84,14 @@ install:
 	  || $(BIN)/python -m pip install --quiet --no-deps --index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)+cpu"
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(MAKE) --no-print-directory browser
 	cat $(MADE_FROM) > $(VENV)/.done
+
+browser:  ## Chromium, for tests of pages: apt-get brings it where it is missing
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null \
+	  || command -v google-chrome >/dev/null \
+	  || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq -y chromium; } \
+	  || echo "Chromium is missing, and only root may install it here: tests of pages will be skipped"
 
 clean:  ## remove .venv and what builds leave behind
 	rm -rf $(VENV) build dist *.egg-info

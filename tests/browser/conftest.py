@@ -2,21 +2,33 @@
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
+# Containers run as root, where Chromium has no sandbox. The rest keeps it from asking the network.
+_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     found = next(filter(None, map(shutil.which, _NAMES)), None)
     if found is None:
-        pytest.skip(f"no browser: none of {', '.join(_NAMES)} is installed")
-    # Containers run as root, where Chromium has no sandbox.
-    options = {"executable_path": found, "args": ["--no-sandbox"]}
-    with sync_playwright() as playwright, playwright.chromium.launch(**options) as browser:
+        pytest.skip(f"no browser: none of {', '.join(_NAMES)} is installed (make browser)")
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=found, args=_ARGUMENTS) as browser,
+    ):
         yield browser
 
 
@@ -30,7 +42,21 @@ def page(browser: Browser) -> Iterator[Page]:
     page.on("pageerror", lambda error: faults.append(f"error: {error}"))
     yield page
     asked = page.evaluate("performance.getEntriesByType('resource').map(entry => entry.name)")
-    own = page.evaluate("location.origin")
+    # Pages in files have no origin, and ask for nothing.
+    own = page.evaluate("location.protocol === 'file:' ? 'file:' : location.origin")
     faults += [f"asked elsewhere: {url}" for url in asked if not url.startswith(own)]
     context.close()
     assert not faults
+
+
+@pytest.fixture
+def opened_file(page: Page):
+    """Opens a page that is a file, at a width in pixels, in a scheme of colours."""
+
+    def open_file(file: Path, width: int = 1000, scheme: str = "light") -> Page:
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=scheme)
+        page.goto(file.resolve().as_uri())
+        return page
+
+    return open_file
