@@ -7,6 +7,8 @@ from vllm import LLM
 from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.engine_args import prepare_engine_args
 from proxy_vllm.errors import UserError
+from proxy_vllm.explain.front_end import let_explain
+from proxy_vllm.explain.request import check_engine, check_parameters
 from proxy_vllm.own_prompts.chat_templates import resolve_template
 from proxy_vllm.own_prompts.member_prompts import INPUT_KEY, MemberPrompts, check_messages
 from proxy_vllm.own_prompts.prompts import check_tokenization, refuse_misspelled
@@ -216,6 +218,9 @@ class ProxyLLM(LLM):
     def _add_request(self, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
         self.proxy_config.check_request(params)
         refuse_misspelled(getattr(params, "extra_args", None) or ())
+        if check_parameters(params):
+            check_engine(self.llm_engine.vllm_config)
+            let_explain(self.llm_engine, self.proxy_config)
         own = prompt.pop(INPUT_KEY, None) if isinstance(prompt, dict) else None
         params = self.member_prompts.add_to(params, own)
         return super()._add_request(prompt, params, *args, **kwargs)

@@ -115,6 +115,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         self.fused_heads: FusedHeads | None = None
         # Ids of members with fewer tokens than the base, made in the first, largest run.
         self._ids: dict[str, torch.Tensor] = {}
+        # What ``compute_logits`` combined, for explanations on the V1 runner; None: not kept.
+        self.kept_logits: list[tuple[MemberLogits, torch.Tensor]] | None = None
 
     def members(self) -> list[nn.Module]:
         """Base, expert and antiexpert; one that is the base is the very same module."""
@@ -351,6 +353,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         logits = self.logits_for_sampling(hidden)
         if logits.members[0] is None:
             return None  # vLLM gathers logits on one rank only where it cannot on all
+        if self.kept_logits is not None:
+            self.kept_logits.append((logits, alpha))
         return self.combine(logits, alpha)
 
     def _compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:

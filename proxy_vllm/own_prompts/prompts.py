@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.config import ALPHA_KEY, ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
+from proxy_vllm.explain.request import EXPLAIN_KEYS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -108,7 +109,7 @@ def refuse_misspelled(names: Iterable[str], place: str = "extra_args") -> None:
     Raises:
         UserError: with the right name.
     """
-    letters = {_letters(key): key for key in (ALPHA_KEY, *PROMPT_KEYS.values())}
+    letters = {_letters(key): key for key in (ALPHA_KEY, *EXPLAIN_KEYS, *PROMPT_KEYS.values())}
     known = {*letters.values(), RESOLVED_KEY}
     for name in names:
         if name in known:

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from proxy_vllm.config import ALPHA_KEY, ProxyConfig
 from proxy_vllm.errors import UserError
+from proxy_vllm.explain.request import EXPLAIN_KEY, TOP_KEY, asked_top, check_engine
 from proxy_vllm.own_prompts.prompts import (
     PROMPT_KEYS,
     RESOLVED_KEY,
@@ -26,7 +27,7 @@ from proxy_vllm.server.metrics import SCOPE_KEY
 from proxy_vllm.spec_decode.admission import admit_every_parameter
 
 _XARGS = "vllm_xargs"
-_OUR_KEYS = (ALPHA_KEY, *PROMPT_KEYS.values())
+_OUR_KEYS = (ALPHA_KEY, TOP_KEY, EXPLAIN_KEY, *PROMPT_KEYS.values())
 # Bodies that mention none of these pass without being parsed; see _may_name_our_keys.
 _ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 # The place of our keys is a mention too: a misspelled key there is refused by its right name.
@@ -160,15 +161,20 @@ class AdmissionMiddleware:
         _check_places(request, fields, place, named)
         refuse_misspelled(named, place)
         scope[SCOPE_KEY] = proxy.alpha_of(named)
+        explains = asked_top(named) is not None
         chat = chat and isinstance(request.get("messages"), list)
         prompts = chat or not named.keys().isdisjoint((*PROMPT_KEYS.values(), RESOLVED_KEY))
         if xargs is not None and not isinstance(xargs, dict):
             return None  # vLLM answers what is no object itself
-        if request.get("use_beam_search") and (prompts or ALPHA_KEY in named):
+        ours = prompts or not named.keys().isdisjoint(_OUR_KEYS)
+        if request.get("use_beam_search") and ours:
             raise UserError(
-                f"use_beam_search reads no {place}, and so neither {ALPHA_KEY} nor prompts of each"
-                " model's own: leave it out, or ask for n answers and keep the likeliest"
+                f"use_beam_search reads no {place}, and so neither {ALPHA_KEY}, {EXPLAIN_KEY} nor"
+                " prompts of each model's own: leave it out, or ask for n answers and keep the"
+                " likeliest"
             )
+        if explains:
+            self._let_explain(state, path, request)
         if not prompts:
             return None
         if not path.endswith((*_CHATS, *_COMPLETES, _EITHER, _TOKENS)):
@@ -180,6 +186,20 @@ class AdmissionMiddleware:
             return None
         fields[place] = completed
         return json.dumps(request).encode()
+
+    def _let_explain(self, state: Any, path: str, request: dict) -> None:
+        """Prepare the server for a request that asks what steering does, or refuse it."""
+        if not path.endswith((_CHAT, _COMPLETIONS, _EITHER)):
+            raise UserError(
+                f"{EXPLAIN_KEY}: {path} does not answer it; use {_COMPLETIONS}, {_CHAT}"
+            )
+        if request.get("include_reasoning") is False:
+            raise UserError(f"{EXPLAIN_KEY} shows every token: leave include_reasoning out")
+        check_engine(state.vllm_config)
+        from proxy_vllm.explain.serving import let_answers_explain
+
+        assert self._proxy is not None
+        let_answers_explain(state, self._proxy)
 
     def _complete(
         self, state: Any, request: dict, fields: dict, named: dict, chat: bool

@@ -3,21 +3,34 @@
 # Replaces device calls of PyTorch by no-ops, so it must come before anything that binds them.
 import vllm.v1.worker.cpu.shm  # noqa: F401  # isort: skip
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from vllm.distributed import get_pp_group
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from proxy_vllm.config import ProxyConfig
+from proxy_vllm.explain.request import without_rows, worker_top
+from proxy_vllm.explain.v1_runner import explain_step
 from proxy_vllm.spec_decode.v1_runner import let_the_expert_draft
 from proxy_vllm.worker.changed_tokens import ChangedTokens
 from proxy_vllm.worker.gpu_worker import ProxyWorker
 from proxy_vllm.worker.model_runner import ProxyModelRunner
+
+
+class _Known(NamedTuple):
+    """What a request asks for, and the parameters that it was read from."""
+
+    params: SamplingParams | None
+    alpha: float
+    top: int  # how many of the likeliest tokens to explain; 0 for none
 
 
 class ProxyCPUModelRunner(CPUModelRunner):
@@ -26,8 +39,7 @@ class ProxyCPUModelRunner(CPUModelRunner):
     def __init__(self, vllm_config, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.proxy_config = ProxyConfig.from_vllm_config(vllm_config)
-        # Alpha of each request, and the parameters that it was read from.
-        self.alphas: dict[str, tuple[SamplingParams | None, float]] = {}
+        self.known: dict[str, _Known] = {}
         if self.proxy_config.expert_drafts:
             let_the_expert_draft(self)
         self.changed_tokens = ChangedTokens(self.proxy_config.changed_tokens_every, device)
@@ -56,24 +68,33 @@ class ProxyCPUModelRunner(CPUModelRunner):
             row = torch.zeros(1, self.model.packed_width, dtype=self.model.hidden_dtype)
             self.model.compute_logits(row)
 
-    def _batch_alphas(self) -> np.ndarray:  # [num_reqs] float32
-        """Alpha of each row. A request's is read once, unless its parameters are replaced."""
-        if len(self.alphas) > 2 * self.max_num_reqs:
-            self.alphas = {r: known for r, known in self.alphas.items() if r in self.requests}
-        alphas = []
+    def _known(self) -> list[_Known]:
+        """What each row's request asks for. It is read once, unless its parameters are replaced."""
+        if len(self.known) > 2 * self.max_num_reqs:
+            self.known = {r: known for r, known in self.known.items() if r in self.requests}
+        rows = []
         for req_id in self.input_batch.req_ids:
             params = self.requests[req_id].sampling_params
-            known = self.alphas.get(req_id)
-            if known is None or known[0] is not params:
-                known = self.alphas[req_id] = params, self.proxy_config.worker_alpha(params)
-            alphas.append(known[1])
-        return np.array(alphas, dtype=np.float32)
+            known = self.known.get(req_id)
+            if known is None or known.params is not params:
+                alpha = self.proxy_config.worker_alpha(params)
+                known = self.known[req_id] = _Known(params, alpha, worker_top(params))
+            rows.append(known)
+        return rows
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        for request in scheduler_output.scheduled_new_reqs:
+            if request.sampling_params is not None:
+                request.sampling_params = without_rows(request.sampling_params)
+        return super()._update_states(scheduler_output)
 
     def _model_forward(self, *args: Any, positions: torch.Tensor, **kwargs: Any) -> Any:
-        alphas = self._batch_alphas()
+        known = self._known()
+        alphas = np.array([row.alpha for row in known], dtype=np.float32)
         tokens = np.diff(self.query_start_loc.np[: len(alphas) + 1])
         alpha = torch.full((positions.shape[-1],), self.proxy_config.alpha, dtype=torch.float32)
         alpha[: tokens.sum()] = torch.from_numpy(np.repeat(alphas, tokens))
+        self.model.kept_logits = [] if any(row.top for row in known) else None
         return super()._model_forward(*args, positions=positions, alpha=alpha, **kwargs)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,11 +123,18 @@ class ProxyCPUModelRunner(CPUModelRunner):
         generators = self.input_batch.generators
         return {row: generators[row] for row in rows.tolist() if row in generators}
 
-    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+    def _sample(
+        self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
+    ) -> SamplerOutput:
+        # Taken now: vLLM computes logits of prompts too, later in the step.
+        kept, self.model.kept_logits = self.model.kept_logits, None
         states = [(g, g.get_state()) for g in self._unfinished_generators().values()]
-        output = super()._sample(*args, **kwargs)
+        output = super()._sample(logits, spec_decode_metadata)
         for generator, state in states:
             generator.set_state(state)
+        if kept:
+            tops = np.array([known.top for known in self._known()])
+            output = explain_step(self.model, output, kept, tops, spec_decode_metadata)
         return output
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import graph_capture
@@ -15,7 +16,10 @@ from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.structured_outputs import grammar_invalid_drafts
 
+from proxy_vllm.composite.heads import MemberLogits
 from proxy_vllm.config import ProxyConfig
+from proxy_vllm.explain.columns import attach
+from proxy_vllm.explain.scores import member_scores
 from proxy_vllm.kernels.combine_sample import batch_kinds
 from proxy_vllm.kernels.fused_head import head_kinds
 from proxy_vllm.kernels.row_parameters import FILTERS, RowParameters
@@ -194,7 +198,8 @@ class ProxyModelRunner(GPUModelRunner):
             return super().sample(hidden_states, input_batch, grammar_output)
         grammar_ids = grammar_output.structured_output_request_ids if grammar_output else []
         others = sampler.requests_of_distribution(input_batch, grammar_ids)
-        if len(others) == input_batch.num_reqs:
+        explained = sampler.requests_explained(input_batch)
+        if len(others) == input_batch.num_reqs and not len(explained):
             return super().sample(hidden_states, input_batch, grammar_output)
 
         scored = sampler.requests_of_logprobs(input_batch, others)
@@ -202,6 +207,7 @@ class ProxyModelRunner(GPUModelRunner):
         if (
             graphs is not None
             and not len(others)
+            and not len(explained)
             and not drafted
             and graphs.holds(input_batch.num_reqs)
         ):
@@ -210,7 +216,7 @@ class ProxyModelRunner(GPUModelRunner):
 
         hidden, alpha = self.model.unpack(hidden_states[input_batch.logits_indices])
         parameters = sampler.rows_of(input_batch, alpha)
-        if len(others) or len(scored):
+        if len(others) or len(scored) or len(explained):
             logits = self.model.logits_for_sampling(hidden)
             tokens = sampler.draw(logits, parameters)
         else:
@@ -228,6 +234,8 @@ class ProxyModelRunner(GPUModelRunner):
                     combined, part, grammar_ids, grammar_output.grammar_bitmask
                 )
             output = merge(output, sampler(combined, part), index)
+        if len(explained):
+            self._explain(output, logits, alpha, input_batch, explained)
         if drafted:
             invalid = None
             if grammar_output is not None:
@@ -236,3 +244,21 @@ class ProxyModelRunner(GPUModelRunner):
                 )
             output = verifier.accept(output, input_batch, invalid)
         return output, output.num_sampled, output.num_rejected
+
+    def _explain(
+        self,
+        output: SamplerOutput,  # a token for each row of logits
+        logits: MemberLogits,
+        alpha: torch.Tensor,  # [N] float32
+        input_batch: InputBatch,
+        requests: np.ndarray,
+    ) -> None:
+        """Add what steering did to the tokens of some requests, in place."""
+        rows = logit_rows(input_batch, requests)
+        index = async_tensor_h2d(rows, device=self.device)
+        tokens = output.sampled_token_ids[:, 0]
+        top = int(self.sampler.explain_top[input_batch.idx_mapping_np[requests]].max())
+        ids, scores = member_scores(
+            self.model, logits.select(index), alpha[index], tokens[index], top
+        )
+        output.logprobs_tensors = attach(output.logprobs_tensors, len(tokens), index, ids, scores)

@@ -8,6 +8,8 @@ Two paths, chosen for each row, so that one special row does not slow the batch:
   vLLM's own sampler: logprobs, penalties, logit bias, allowed and bad words, minimum tokens,
   grammars, thinking budgets and custom logits processors.
 
+What steering does to a row's token (``explain/``) is computed after the draw, on either path.
+
 Over tensor-parallel ranks, log-probabilities alone do not make a row special: the ranks exchange
 their candidates and log-sum-exps instead of logits.
 
@@ -38,6 +40,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
 from proxy_vllm.composite.heads import MemberLogits
+from proxy_vllm.explain.request import without_rows, worker_top
 from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.row_parameters import RowParameters
 from proxy_vllm.kernels.sharded import Exchange, ShardedSampler
@@ -68,6 +71,8 @@ class ProxySampler(Sampler):
         most = self.sampling_states.max_num_reqs * self.num_speculative_tokens
         self.row_buffers = RowBuffers(most, device)
         self.needs_distribution = np.zeros_like(self.needs_logits_processing)
+        # How many of the likeliest tokens a request wants explained, by slot; 0 for none.
+        self.explain_top: np.ndarray = np.zeros(len(self.needs_distribution), dtype=int)
         self.fusable = (
             type(sampler) is Sampler
             and not self.compute_nans
@@ -76,7 +81,8 @@ class ProxySampler(Sampler):
         )
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
-        super().add_request(req_idx, sampling_params)
+        super().add_request(req_idx, without_rows(sampling_params))
+        self.explain_top[req_idx] = worker_top(sampling_params)
         self.needs_distribution[req_idx] = self._wants_distribution(req_idx)
 
     def _wants_distribution(self, req_idx: int) -> bool:
@@ -127,6 +133,10 @@ class ProxySampler(Sampler):
         wants = self.sampling_states.num_logprobs[input_batch.idx_mapping_np] != NO_LOGPROBS
         wants[others] = False
         return np.flatnonzero(wants)
+
+    def requests_explained(self, input_batch: InputBatch) -> np.ndarray:
+        """Requests, ascending, that ask what steering does."""
+        return np.flatnonzero(self.explain_top[input_batch.idx_mapping_np])
 
     def filters(self, input_batch: InputBatch) -> frozenset[str]:
         """Which of top_k, top_p and min_p a row of the batch uses."""

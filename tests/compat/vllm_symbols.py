@@ -33,10 +33,21 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     },
     "vllm.v1.engine.output_processor:OutputProcessor": {
         "remote_base/async_llm.py": "abort_requests request_states",
+        "explain/front_end.py": "request_states tokenizer",
     },
+    "vllm.v1.engine.logprobs:LogprobsProcessor": {
+        "explain/front_end.py": "_correct_decoded_token _get_sampled_context_ids"
+        " cumulative_logprob logprobs num_logprobs tokenizer"
+    },
+    "vllm.v1.outputs:LogprobsTensors": {
+        "explain/columns.py": "logprob_token_ids logprobs selected_token_ranks"
+    },
+    "vllm.v1.outputs:LogprobsLists": {"explain/columns.py": "logprob_token_ids logprobs"},
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": {"explain/v1_runner.py": "num_draft_tokens"},
     "vllm.v1.engine.output_processor:RequestState": {
         "remote_base/async_llm.py": "parent_req queue",
         "remote_base/reports.py": "parent_req request_index",
+        "explain/front_end.py": "logprobs_processor",
     },
     "vllm.v1.engine.parallel_sampling:ParentRequest": {"remote_base/reports.py": "n"},
     "vllm.v1.engine.core_client:AsyncMPClient": {
@@ -435,8 +446,17 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.spec_decode.v1_runner:ExpertProposer": "__init__ load_model propose"
     " validate_same_kv_cache_group",
     "proxy_vllm.spec_decode.v1_runner:DraftVerifier": "__init__ forward",
+    "proxy_vllm.explain.columns:ExplainedTensors": "filter to_cpu_nonblocking tolists",
+    "proxy_vllm.explain.columns:ExplainedLists": "slice_request",
+    "proxy_vllm.explain.front_end:ExplainingProcessor": "__init__ _update_sample_logprobs",
+    "proxy_vllm.explain.front_end:ExplainingOutputProcessor": "__init__ add_request",
+    "proxy_vllm.explain.serving:ExplainingChat": "__init__ chat_completion_full_generator"
+    " chat_completion_stream_generator",
+    "proxy_vllm.explain.serving:ExplainingCompletion": "__init__ completion_stream_generator"
+    " request_output_to_completion_response",
     "proxy_vllm.worker.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync"
-    " _input_fits_in_drafter _model_forward _sample load_model sample_tokens warming_up_model",
+    " _input_fits_in_drafter _model_forward _sample _update_states load_model sample_tokens"
+    " warming_up_model",
     "proxy_vllm.worker.cpu_worker:ProxyCPUWorker": "_make_model_runner init_device",
     "proxy_vllm.llm:ProxyLLM": "__init__ _add_request _beam_search_step _preprocess_chat_one"
     " _preprocess_cmpl _preprocess_cmpl_one",
@@ -481,7 +501,23 @@ HOOKS: dict[str, dict[str, str]] = {
         "self._make_model_runner": ""
     },
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": {
-        "self._model_forward": "positions"
+        "self._model_forward": "positions",
+        "self._update_states": "",
+        "self.model.compute_logits": "",
+    },
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": {"logprobs.slice_request": ""},
+    "vllm.v1.engine.async_llm:AsyncLLM._add_request": {"self.output_processor.add_request": ""},
+    "vllm.v1.engine.llm_engine:LLMEngine.add_request": {"self.output_processor.add_request": ""},
+    "vllm.v1.engine.logprobs:LogprobsProcessor.update_from_output": {
+        "self._update_sample_logprobs": ""
+    },
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat._create_chat_completion": {
+        "self.chat_completion_stream_generator": "",
+        "self.chat_completion_full_generator": "",
+    },
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion._create_completion": {
+        "self.completion_stream_generator": "",
+        "self.request_output_to_completion_response": "",
     },
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": {
         "self._sample": "",

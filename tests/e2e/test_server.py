@@ -68,8 +68,8 @@ class Server:
         xargs = {} if alpha is None else {"vllm_xargs": {"proxy_alpha": alpha}}
         extra = {"return_token_ids": True, "ignore_eos": True, **xargs, **kwargs.pop("extra", {})}
         return self.client.completions.create(
-            model="steered", prompt=kwargs.pop("prompt", PROMPT), temperature=0,
-            extra_body=extra, **{"max_tokens": 8, **kwargs},
+            model="steered", prompt=kwargs.pop("prompt", PROMPT),
+            extra_body=extra, **{"max_tokens": 8, "temperature": 0, **kwargs},
         )  # fmt: skip
 
 
@@ -148,6 +148,67 @@ def _json(value) -> str:
     import json
 
     return json.dumps(value)  # writes NaN and Infinity, as many clients do
+
+
+def explained(server, **fields):
+    """Choices with what steering did, of a completion; streamed ones put together."""
+    xargs = {"proxy_alpha": 0.5, "proxy_explain": True, **fields.pop("xargs", {})}
+    answer = server.complete(extra={"vllm_xargs": xargs}, **fields)
+    if not fields.get("stream"):
+        return [(c.token_ids, c.text, c.proxy_explain) for c in answer.choices]
+    found: dict[int, tuple[list, str, list]] = {}
+    for chunk in answer:
+        for choice in chunk.choices:
+            tokens, text, entries = found.get(choice.index, ([], "", []))
+            more, new = choice.token_ids or [], getattr(choice, "proxy_explain", [])
+            assert [e["token_id"] for e in new] == more
+            found[choice.index] = (tokens + more, text + choice.text, entries + new)
+    return [found[i] for i in sorted(found)]
+
+
+def test_answers_say_what_steering_did(server, models):
+    from explained import log_probabilities
+
+    plain = [server.complete(0.5).choices[0].token_ids]
+    (once,) = explained(server)
+    assert once[0] == plain[0] == [entry["token_id"] for entry in once[2]]
+    truth = log_probabilities(models, PROMPT, once[0], 0.5)
+    for at, entry in enumerate(once[2]):
+        assert entry["alpha"] == 0.5 and 5 <= len(entry["top"]) <= 11
+        assert entry["changed"] == (entry["base_choice"] != entry["steered_choice"])
+        assert entry["base_choice"] == truth["base"][at].argmax()
+        for shown in (entry, *entry["top"]):
+            for view, rows in truth.items():
+                assert abs(shown[view] - rows[at][shown["token_id"]]) < 1e-4
+    assert explained(server, stream=True) == [once]
+    two = [PROMPT, PROMPT[:4]]
+    asked = {"prompt": two, "n": 2, "temperature": 1, "seed": 7}
+    several = explained(server, **asked, xargs={"proxy_explain_top": 2})
+    assert [len(entries) for _, _, entries in several] == [8] * 4
+    assert explained(server, **asked, xargs={"proxy_explain_top": 2}, stream=True) == several
+    (with_logprobs,) = explained(server, logprobs=1)
+    assert with_logprobs == once
+    # Who does not ask gets no such field.
+    assert not hasattr(server.complete(0.5).choices[0], "proxy_explain")
+    for chunk in server.complete(stream=True, extra={"vllm_xargs": {"proxy_explain": False}}):
+        assert not hasattr(chunk.choices[0], "proxy_explain")
+
+
+def test_chats_say_what_steering_did(server):
+    extra = {"vllm_xargs": {"proxy_explain": True}, "ignore_eos": True, "return_token_ids": True}
+    request = {
+        "model": "steered", "messages": [{"role": "user", "content": "w7 w8 w9"}],
+        "temperature": 0, "max_tokens": 6, "extra_body": extra,
+    }  # fmt: skip
+    chats = server.client.chat.completions
+    choice = chats.create(**request).choices[0]
+    assert [entry["token_id"] for entry in choice.proxy_explain] == choice.token_ids
+    entries = []
+    for chunk in chats.create(**request, stream=True):
+        new = getattr(chunk.choices[0], "proxy_explain", [])
+        assert [e["token_id"] for e in new] == (getattr(chunk.choices[0], "token_ids", None) or [])
+        entries += new
+    assert entries == choice.proxy_explain
 
 
 def read_metrics(server) -> dict[str, float]:

@@ -363,6 +363,16 @@ REFUSALS = [
     (COMPLETIONS, {"extra_args": {"proxy_alpha": 1}}, "proxy_alpha belongs in vllm_xargs"),
     (CHAT, {"extra_body": {"proxy_expert_prompt": "w5"}}, "belongs in vllm_xargs"),
     ("/generative_scoring", xargs(proxy_alpha=1), "/generative_scoring reads no vllm_xargs"),
+    (COMPLETIONS, xargs(proxy_explain="yes"), "proxy_explain is 'yes': it must be true or false"),
+    (COMPLETIONS, xargs(proxy_explain=True, proxy_explain_top=21), "proxy_explain_top is 21"),
+    (COMPLETIONS, xargs(proxy_explain_top=3), "proxy_explain_top is nothing without proxy_explain"),
+    (COMPLETIONS, xargs(proxy_explain_alone=True), "is not for requests to set"),
+    (COMPLETIONS, xargs(explain=True), "the name is proxy_explain"),
+    (COMPLETIONS, {"proxy_explain": True}, "proxy_explain belongs in vllm_xargs"),
+    (COMPLETIONS, {"use_beam_search": True, **xargs(proxy_explain=True)}, "use_beam_search"),
+    (CHAT, {"include_reasoning": False, **xargs(proxy_explain=True)}, "include_reasoning"),
+    (f"{CHAT}/batch", xargs(proxy_explain=True), "/v1/chat/completions/batch does not answer it"),
+    (TOKENS, {"sampling_params": {"extra_args": {"proxy_explain": True}}}, "does not answer it"),
     ("/v1/systemone", {"proxy_alpha": 1}, "/v1/systemone reads no vllm_xargs"),
 ]
 
@@ -372,7 +382,8 @@ def test_refusals(plain, path, request_, message):
     error = plain.refused(path, {"prompt": "w5", **request_} if path == COMPLETIONS else request_)
     assert message in error["message"]
     assert (error["type"], error["code"]) == ("BadRequestError", 400)
-    assert error["param"] in ("proxy_alpha", "proxy_expert_prompt", "vllm_xargs")
+    known = ("proxy_alpha", "proxy_expert_prompt", "vllm_xargs", "proxy_explain_top")
+    assert error["param"] in (*known, "proxy_explain")
 
 
 @pytest.mark.parametrize(
