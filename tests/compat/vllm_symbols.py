@@ -43,7 +43,6 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "explain/columns.py": "logprob_token_ids logprobs selected_token_ranks"
     },
     "vllm.v1.outputs:LogprobsLists": {"explain/columns.py": "logprob_token_ids logprobs"},
-    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": {"explain/v1_runner.py": "num_draft_tokens"},
     "vllm.v1.engine.output_processor:RequestState": {
         "remote_base/async_llm.py": "parent_req queue",
         "remote_base/reports.py": "parent_req request_index",
@@ -188,7 +187,10 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.v1.worker.gpu_model_runner:ExecuteModelState": {
         "cpu_worker.py": "sample_hidden_states spec_decode_metadata"
     },
-    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": {"cpu_worker.py": "num_draft_tokens"},
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": {
+        "cpu_worker.py": "num_draft_tokens",
+        "explain/v1_runner.py": "num_draft_tokens",
+    },
     "vllm.v1.utils:CpuGpuBuffer": {"cpu_worker.py": "np"},
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": {
         "runner.py": "batch_sharder compilation_config cudagraph_manager device max_num_reqs model"
@@ -489,6 +491,7 @@ HOOKS: dict[str, dict[str, str]] = {
     },
     "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat._create_chat_completion": {
         "self.chat_completion_stream_generator": "",
+        "self.chat_completion_full_generator": "",
     },
     "vllm.entrypoints.common.offline:OfflineInferenceMixin._preprocess_cmpl_one": {
         "self._preprocess_cmpl": ""
@@ -510,14 +513,6 @@ HOOKS: dict[str, dict[str, str]] = {
     "vllm.v1.engine.llm_engine:LLMEngine.add_request": {"self.output_processor.add_request": ""},
     "vllm.v1.engine.logprobs:LogprobsProcessor.update_from_output": {
         "self._update_sample_logprobs": ""
-    },
-    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat._create_chat_completion": {
-        "self.chat_completion_stream_generator": "",
-        "self.chat_completion_full_generator": "",
-    },
-    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion._create_completion": {
-        "self.completion_stream_generator": "",
-        "self.request_output_to_completion_response": "",
     },
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": {
         "self._sample": "",
