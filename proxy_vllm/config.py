@@ -67,6 +67,8 @@ class ProxyConfig:
             for ``/metrics`` (see ``worker/changed_tokens.py``); 0 is off.
         same_weights: the small members that are another member, such as ``{"expert": "base"}``: the
             same checkpoint, read alike. Found at start-up, not set by users.
+        adapters: whether the expert is the antiexpert plus each request's LoRA adapter, so that a
+            request without one is the base alone. ``expert`` is then empty.
         kv_cache_tables: ``one`` block table for all layers, ``several`` for kinds of attention that
             differ, or ``auto`` for what holds more requests (see ``composite/kv_layout.py``).
     """
@@ -92,11 +94,21 @@ class ProxyConfig:
     remote_base: RemoteBase | None = None
     changed_tokens_every: int = 0
     kv_cache_tables: str = "auto"
+    adapters: bool = False
 
     def __post_init__(self) -> None:
+        if self.adapters:
+            for name in ("", "_args"):
+                object.__setattr__(self, f"expert{name}", getattr(self, f"antiexpert{name}"))
+            if own := self.tokenizer_map.get("antiexpert"):
+                object.__setattr__(self, "tokenizer_map", {"expert": own, "antiexpert": own})
         for role in ("expert", "antiexpert"):
             if not getattr(self, role) or not isinstance(getattr(self, role), str):
-                raise UserError(f"{role}: a model folder or hub name is needed (--{role} MODEL)")
+                or_adapters = ", or adapters of the antiexpert (--enable-lora)"
+                raise UserError(
+                    f"{role}: a model folder or hub name is needed (--{role} MODEL)"
+                    + (or_adapters if role == "expert" else "")
+                )
         if self.stop_tokens not in STOP_TOKENS:
             raise UserError(
                 f"stop_tokens is {self.stop_tokens!r}: it must be one of {', '.join(STOP_TOKENS)}"
@@ -142,12 +154,21 @@ class ProxyConfig:
         """Raise ``UserError`` if ``params`` ask for an alpha that this engine does not run."""
         self.alpha_of(getattr(params, "extra_args", None))
 
-    def worker_alpha(self, params: "SamplingParams | None") -> float:
+    def worker_alpha(self, params: "SamplingParams | None", adapter: Any = None) -> float:
         """Alpha of a request that has reached a worker.
+
+        Where adapters make the expert, a request without one has none, and its alpha is 0: then it
+        is the base exactly, whatever rounding compiled graphs of two members add.
 
         A worker must not raise, because that would end every other request too. A request that
         came in past our checks with an alpha that cannot be used runs with the server's alpha.
+
+        Args:
+            params: of the request.
+            adapter: its LoRA adapter, if it has one.
         """
+        if self.adapters and adapter is None:
+            return 0.0
         try:
             return self.alpha_of(params.extra_args if params is not None else None)
         except UserError as error:

@@ -4,6 +4,8 @@ from typing import Any
 
 from vllm import LLM
 
+from proxy_vllm.adapters.check import AdapterRules
+from proxy_vllm.adapters.settings import requests_of, rules_of_engine
 from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.engine_args import prepare_engine_args
 from proxy_vllm.errors import UserError
@@ -30,7 +32,9 @@ class ProxyLLM(LLM):
 
     Args:
         model: the large base model, folder or hub name.
-        expert: the small tuned model.
+        expert: the small tuned model. With ``enable_lora`` it may be left out: the expert is then
+            the antiexpert plus the adapter of a request's ``lora_request``, and a request without
+            one gets the base's answer.
         antiexpert: the small model as it was before it was tuned.
         alpha: strength of requests that name none; 0 is the base alone.
         alpha_range: lowest and highest ``proxy_alpha`` that a request may ask for.
@@ -50,6 +54,8 @@ class ProxyLLM(LLM):
         base_url, base_model: in place of ``model``: an OpenAI-compatible endpoint that reports
             log-probabilities, and the base's name there (docs/remote_base.md). Its key is
             ``PROXY_VLLM_BASE_API_KEY`` in the environment.
+        lora_modules: LoRA adapters by name, checked before anything is loaded (with
+            ``enable_lora``; docs/adapters.md). ``adapters`` has a ``LoRARequest`` of each.
         base_args: more fields of ``proxy_vllm.remote_base.settings.RemoteBase``.
         **kwargs: any argument of ``vllm.LLM``.
 
@@ -68,7 +74,7 @@ class ProxyLLM(LLM):
         self,
         model: str | None = None,
         *,
-        expert: str,
+        expert: str | None = None,
         antiexpert: str,
         alpha: float = 1.0,
         alpha_range: tuple[float, float] = (-10.0, 10.0),
@@ -88,6 +94,7 @@ class ProxyLLM(LLM):
         base_url: str | None = None,
         base_model: str | None = None,
         base_args: dict[str, Any] | None = None,
+        lora_modules: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         remote_base = None
@@ -98,7 +105,7 @@ class ProxyLLM(LLM):
         elif model is None:
             raise UserError("a base is needed: model, or base_url with base_model")
         self.proxy_config = ProxyConfig(
-            expert=str(expert),
+            expert=str(expert or ""),
             antiexpert=str(antiexpert),
             alpha=alpha,
             alpha_range=alpha_range,
@@ -115,13 +122,22 @@ class ProxyLLM(LLM):
             kv_cache_tables=kv_cache_tables,
             speculative_tokens=speculative_tokens,
             remote_base=remote_base,
+            adapters=not expert and bool(kwargs.get("enable_lora")),
         )
         kwargs = prepare_engine_args(
-            {**kwargs, "model": str(antiexpert if model is None else model)},
+            {
+                **kwargs,
+                "model": str(antiexpert if model is None else model),
+                "lora_modules": lora_modules,
+            },
             self.proxy_config,
             base_chat_template=base_chat_template,
         )
+        del kwargs["lora_modules"]
         super().__init__(**kwargs)
+        self.adapters = requests_of(lora_modules or {})
+        self._adapter_rules: AdapterRules | None = None
+        self._known_adapters: set[tuple[int, str]] = set()
         if remote_base is not None:
             self._steer_remote_base()
 
@@ -215,15 +231,31 @@ class ProxyLLM(LLM):
             engine_input[INPUT_KEY] = own
         return engine_input
 
-    def _add_request(self, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
+    def _add_request(
+        self, prompt: Any, params: Any, lora_request: Any = None, *args: Any, **kwargs: Any
+    ) -> str:
         self.proxy_config.check_request(params)
+        self._check_adapter(lora_request)
         refuse_misspelled(getattr(params, "extra_args", None) or ())
         if check_parameters(params):
             check_engine(self.llm_engine.vllm_config)
             let_explain(self.llm_engine, self.proxy_config)
         own = prompt.pop(INPUT_KEY, None) if isinstance(prompt, dict) else None
         params = self.member_prompts.add_to(params, own)
-        return super()._add_request(prompt, params, *args, **kwargs)
+        return super()._add_request(prompt, params, lora_request, *args, **kwargs)
+
+    def _check_adapter(self, lora_request: Any) -> None:
+        """Refuse an adapter that cannot run: found in a step, it would end the engine."""
+        config = self.llm_engine.vllm_config
+        if lora_request is None or config.lora_config is None:
+            return  # vLLM refuses adapters of an engine that takes none
+        key = (lora_request.lora_int_id, lora_request.lora_path)
+        if key in self._known_adapters and not lora_request.load_inplace:
+            return
+        if self._adapter_rules is None:
+            self._adapter_rules = rules_of_engine(config)
+        self._adapter_rules.check(lora_request.lora_name, lora_request.lora_path)
+        self._known_adapters.add(key)
 
 
 def _is_own(prompt: Any) -> bool:

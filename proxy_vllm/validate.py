@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from proxy_vllm.adapters.settings import check_adapters
 from proxy_vllm.checks.folders import (
     FILE_FORMATS,
     check_folder,
@@ -28,12 +29,9 @@ _FORMATS_OF_TENSORS = (*FILE_FORMATS, "runai_streamer")
 # Methods of speculation that need the target's tokens alone.
 _DRAFTS_FROM_TOKENS = ("draft_model", "ngram", "suffix")
 
-_LORA = "LoRA adapters: merge the adapter into the member, or use it as the expert"
 _MICROBATCHES = "microbatches: vLLM would not cut the rows' alphas along"
 # Arguments that a composite of three models cannot honour.
 _REFUSED = {
-    "enable_lora": _LORA,
-    "lora_modules": _LORA,
     "enable_dbo": _MICROBATCHES,
     "ubatch_size": _MICROBATCHES,
     "enable_prompt_embeds": "prompt embeddings: three models have three embedding spaces",
@@ -80,6 +78,7 @@ def validate_trio(
     for role, config in configs.items():
         check_architecture(role, config)
     check_caches(configs, kwargs, proxy)
+    check_adapters(kwargs, proxy, configs)
     for role, config in configs.items():
         check_weights(role, config.model, load_format)
     check_tensor_parallel(configs, int(kwargs.get("tensor_parallel_size") or 1))

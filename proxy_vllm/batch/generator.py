@@ -71,9 +71,16 @@ class RequestPool:
         self.llm = llm
         options = options or LineOptions()
         models = llm.model_config.get_diff_sampling_param() or {}
-        self.options = replace(options, defaults={**models, **options.defaults})
+        served = llm.model_config.served_model_name or llm.model_config.model
+        config = llm.llm_engine.vllm_config
+        self.options = replace(
+            options,
+            defaults={**models, **options.defaults},
+            adapters=None if config.lora_config is None else tuple(llm.adapters),
+            served=tuple(served) if isinstance(served, list) else (served,),
+        )
         self._openai: openai_lines.OpenAIAnswers | None = None
-        scheduler = llm.llm_engine.vllm_config.scheduler_config
+        scheduler = config.scheduler_config
         self.max_running = max_running or 2 * scheduler.max_num_seqs
         self._running: dict[str, tuple[Slot, Request]] = {}
         self._sequences = 0
@@ -111,16 +118,21 @@ class RequestPool:
         """Hand a request to the engine; return the id under which its output will come."""
         llm = self.llm
         request_id = str(llm.request_counter.counter)
+        adapter = llm.adapters[request.lora] if request.lora is not None else None
         try:
             if request.messages is not None:
                 llm.enqueue_chat(
-                    [request.messages], [request.params], use_tqdm=False, **request.chat
+                    [request.messages],
+                    [request.params],
+                    use_tqdm=False,
+                    lora_request=adapter,
+                    **request.chat,
                 )
             else:
                 prompt: Any = request.prompt
                 if isinstance(prompt, list):
                     prompt = {"prompt_token_ids": prompt}
-                llm.enqueue([prompt], [request.params], use_tqdm=False)
+                llm.enqueue([prompt], [request.params], use_tqdm=False, lora_request=adapter)
         except BaseException:
             # It may have entered vLLM's tables before it failed, and would be waited for.
             llm.llm_engine.abort_request([request_id])

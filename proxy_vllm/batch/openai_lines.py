@@ -80,7 +80,8 @@ def parse_openai_line(
         messages, chat = list(asked.messages), _chat_arguments(asked)
     else:
         prompt = _one_prompt(asked.prompt)
-    return Request(request_id, prompt, messages, params, alpha, chat=chat, asked=asked)
+    lora = options.adapter_of_model(asked.model)
+    return Request(request_id, prompt, messages, params, alpha, chat=chat, asked=asked, lora=lora)
 
 
 def _params(asked: Any, defaults: dict[str, Any]) -> "SamplingParams":
@@ -178,14 +179,14 @@ class OpenAIAnswers:
         """The line of a finished request."""
         from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
 
-        asked = request.asked
+        asked, model = request.asked, request.lora or self._model
         if request.messages is None:
             response: Any = self._completions.request_output_to_completion_response(
                 [output],
                 asked,
                 f"cmpl-{number}",
                 int(time.time()),
-                self._model,
+                model,
                 self._tokenizer,
                 RequestResponseMetadata(request_id=f"cmpl-{number}"),
             )
@@ -195,7 +196,7 @@ class OpenAIAnswers:
                     asked,
                     _one(output),
                     f"chatcmpl-{number}",
-                    self._model,
+                    model,
                     asked.messages,
                     self._tokenizer,
                     RequestResponseMetadata(request_id=f"chatcmpl-{number}"),

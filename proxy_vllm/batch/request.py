@@ -34,7 +34,8 @@ CHAT_FIELDS = (
     "add_generation_prompt",
     "response_format",
 )
-_OWN_FIELDS = ("id", "prompt", "messages", ALPHA_KEY, *CHAT_FIELDS)
+_LORA = "lora"
+_OWN_FIELDS = ("id", "prompt", "messages", ALPHA_KEY, _LORA, *CHAT_FIELDS)
 
 # vLLM's server answers this where a log-probability is minus infinity, which JSON cannot say.
 _LOWEST_LOGPROB = -9999.0
@@ -50,12 +51,43 @@ class LineOptions:
         token_ids: put ``token_ids`` into the answers.
         keep_fields: copy fields that are none of a request's to the answer; else they are refused.
         tool_parser: vLLM's parser of tool calls, for lines in OpenAI's format.
+        adapters: names that ``lora`` may have; None where the engine takes no adapters.
+        served: the engine's own names, which ``model`` of lines in OpenAI's format may have too.
     """
 
     defaults: dict[str, Any] = field(default_factory=dict)
     token_ids: bool = False
     keep_fields: bool = False
     tool_parser: str | None = None
+    adapters: tuple[str, ...] | None = None
+    served: tuple[str, ...] = ()
+
+    def adapter(self, name: Any) -> str | None:
+        """The adapter that a line's ``lora`` names; None for none."""
+        if name is None:
+            return None
+        if self.adapters is None:
+            raise UserError(
+                f"{_LORA} is {_shown(name)}: this engine has no adapters (--enable-lora)"
+            )
+        if name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise UserError(f"{_LORA} is {_shown(name)}: --lora-modules names {known}")
+        return name
+
+    def adapter_of_model(self, name: Any) -> str | None:
+        """The adapter that ``model`` names, as it does on a server; None for the engine itself.
+
+        Without adapters no name is refused: files are often made for another server.
+        """
+        if self.adapters is None or name is None or name in self.served:
+            return None
+        if name not in self.adapters:
+            known = ", ".join((*self.served, *self.adapters))
+            raise UserError(
+                f"body.model is {_shown(name)}, which does not exist: there are {known}"
+            )
+        return name
 
     def chat_defaults(self, line: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
         """Defaults of ``names`` for a line, arguments of templates completed one by one."""
@@ -165,7 +197,7 @@ class Request:
     ``prompt`` is text or token ids, or either for each model under ``base``, ``expert`` and
     ``antiexpert``; None where ``messages`` are given. ``chat`` are arguments of
     ``ProxyLLM.enqueue_chat``, ``kept`` fields that go into the answer as they are, and ``asked``
-    is vLLM's request where the line is in OpenAI's format.
+    is vLLM's request where the line is in OpenAI's format. ``lora`` names an adapter.
     """
 
     id: str | int
@@ -176,6 +208,7 @@ class Request:
     chat: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     asked: Any = None
+    lora: str | None = None
 
 
 def parse_request(
@@ -229,7 +262,8 @@ def parse_request(
     alpha = proxy.alpha_of({ALPHA_KEY: alpha})
     extra[ALPHA_KEY] = alpha
     params = sampling_params({**defaults, **fields, "extra_args": extra})
-    return Request(request_id, prompt, messages, params, alpha, chat, kept)
+    lora = options.adapter(given.get(_LORA))
+    return Request(request_id, prompt, messages, params, alpha, chat, kept, lora=lora)
 
 
 def check_chat_field(name: str, value: Any) -> Any:
@@ -342,6 +376,8 @@ def result_json(request: Request, output: "RequestOutput", *, token_ids: bool) -
         "completion_tokens": sum(len(c.token_ids) for c in output.outputs),
         ALPHA_KEY: request.alpha,
     }
+    if request.lora is not None:
+        counts[_LORA] = request.lora
     if output.prompt_logprobs is not None:
         counts["prompt_logprobs"] = [_ranked(p) if p else None for p in output.prompt_logprobs]
     # What was certified of an answer whose base lives elsewhere.

@@ -31,7 +31,11 @@ def _json_file(name: str) -> dict[str, Any]:
 def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name the trio to a parser that holds vLLM's engine options."""
     group = parser.add_argument_group("ProxyConfig", "Proxy-tuning: the members and their strength")
-    group.add_argument("--expert", required=True, help="the small tuned model")
+    group.add_argument(
+        "--expert",
+        help="the small tuned model; with --enable-lora it may be left out, and requests name"
+        " adapters of the antiexpert",
+    )
     group.add_argument("--antiexpert", required=True, help="the small model, untuned")
     group.add_argument(
         "--alpha",
@@ -129,7 +133,7 @@ def proxy_config(args: argparse.Namespace):
     from proxy_vllm.own_prompts.chat_templates import resolve_template
 
     return ProxyConfig(
-        expert=args.expert,
+        expert=args.expert or "",
         antiexpert=args.antiexpert,
         alpha=args.alpha,
         alpha_range=tuple(args.alpha_range),
@@ -147,6 +151,7 @@ def proxy_config(args: argparse.Namespace):
         remote_base=remote_base(args),
         changed_tokens_every=getattr(args, "changed_tokens_every", 0),
         kv_cache_tables=args.kv_cache_tables,
+        adapters=not args.expert and bool(getattr(args, "enable_lora", False)),
     )
 
 

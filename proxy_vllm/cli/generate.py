@@ -6,7 +6,9 @@ import sys
 from typing import Any
 
 from vllm.entrypoints.cli.types import CLISubcommand
+from vllm.entrypoints.launchers.cli_args import LoRAParserAction
 
+from proxy_vllm.adapters.settings import named_adapters
 from proxy_vllm.batch.request import LineOptions
 from proxy_vllm.cli.arguments import add_proxy_arguments, json_object, name_base, proxy_config
 from proxy_vllm.errors import UserError
@@ -125,6 +127,13 @@ def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--token-ids", action="store_true", help="add token_ids to the answers")
     group.add_argument("--chat-template", metavar="FILE", help="for messages; default the expert's")
+    group.add_argument(
+        "--lora-modules",
+        action=LoRAParserAction,
+        nargs="+",
+        metavar="NAME=PATH",
+        help="LoRA adapters that lines may name in lora (with --enable-lora)",
+    )
     group.add_argument("--no-progress", action="store_true", help="show no progress bar")
     group.add_argument(
         "--replicas",
@@ -185,6 +194,8 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
     own = {field.name: getattr(proxy, field.name) for field in dataclasses.fields(proxy)}
     for found_at_start in ("named_tokens", "unnamed_tokens", "same_weights"):
         del own[found_at_start]
+    if own.pop("adapters"):
+        own |= {"expert": None, "expert_args": {}}
     if (remote := own.pop("remote_base")) is not None:
         more = dataclasses.asdict(remote)
         own["base_url"], own["base_model"] = more.pop("url"), more.pop("model")
@@ -192,6 +203,7 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **{field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)},
         **own,
+        "lora_modules": named_adapters(vars(args)),
         "chat_template": args.chat_template,
         "base_chat_template": args.base_chat_template,
     }

@@ -8,7 +8,7 @@ Each member is built from a view of it. Views share the engine's objects, and ne
 import copy
 import dataclasses
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import LoRAConfig, ModelConfig, VllmConfig
 
 from proxy_vllm.composite.quantization import for_member
 from proxy_vllm.config import CONFIG_KEY, ROLES, ProxyConfig
@@ -90,11 +90,22 @@ def member_vllm_configs(vllm_config: VllmConfig, proxy: ProxyConfig) -> dict[str
             model_config.maybe_untie_word_embeddings()
         config = configs[role] = view(vllm_config, model_config)
         config.quant_config = _quant_config(role, config)
+        config.lora_config = _lora_config(vllm_config, model_config) if role == "expert" else None
     others = {k: v for k, v in vllm_config.additional_config.items() if k != CONFIG_KEY}
     graphs = {role: config.model_config.compute_hash() for role, config in configs.items()}
     for role, config in configs.items():
         config.additional_config = {**others, CONFIG_KEY: {"role": role, "graphs": graphs}}
     return configs
+
+
+def _lora_config(vllm_config: VllmConfig, expert: ModelConfig) -> LoRAConfig | None:
+    """vLLM's settings of adapters, which are the expert's: in its dtype unless one was named."""
+    given = vllm_config.lora_config
+    if given is None or given.lora_dtype != vllm_config.model_config.dtype:
+        return given
+    own = copy.copy(given)
+    own.lora_dtype = expert.dtype
+    return own
 
 
 def _quant_config(role: str, config: VllmConfig):

@@ -40,6 +40,7 @@ _CHATS = (_CHAT, f"{_CHAT}/render")
 _COMPLETES = (_COMPLETIONS, f"{_COMPLETIONS}/render")
 _TOKENS = "/inference/v1/generate"
 _EITHER = "/invocations"
+_LOAD_ADAPTER = "/v1/load_lora_adapter"
 # Other routes that read messages, and would give all models the base's prompt.
 _WITHOUT_TEMPLATES = (
     f"{_CHAT}/batch",
@@ -62,6 +63,7 @@ class AdmissionMiddleware:
         # Both are the server's, made with the first request: its configuration is not there before.
         self._proxy: ProxyConfig | None = None
         self._prompts: Any = None
+        self._adapter_rules: Any = None
         # Templates and tokenizers take milliseconds, in which the server should go on. One thread:
         # tokenizers are not for several at once.
         self._thread = ThreadPoolExecutor(1, "proxy-vllm-admission")
@@ -132,6 +134,11 @@ class AdmissionMiddleware:
 
                 report_in_answers(state)
         proxy = self._proxy
+        if path.endswith(_LOAD_ADAPTER) and state.vllm_config.lora_config is not None:
+            await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._check_adapter, state.vllm_config, body
+            )
+            return None
         templates = any(proxy.chat_template_of(role) is not None for role in PROMPT_KEYS)
         if templates and path.endswith(_WITHOUT_TEMPLATES):
             raise UserError(
@@ -236,6 +243,21 @@ class AdmissionMiddleware:
         # vLLM's defaults for the base's prompt.
         special = bool(request.get("add_special_tokens", not reads_messages))
         return self._prompts.add_to(params, prompts, special).extra_args
+
+    def _check_adapter(self, vllm_config: Any, body: bytes) -> None:
+        """Refuse an adapter that cannot run, where vLLM would answer with its own failure."""
+        from proxy_vllm.adapters.settings import rules_of_engine
+
+        try:
+            request = json.loads(body)
+            name, path = request["lora_name"], request["lora_path"]
+        except (ValueError, RecursionError, TypeError, KeyError):
+            return  # vLLM answers what is no such request
+        if not isinstance(name, str) or not isinstance(path, str) or not name or not path:
+            return
+        if self._adapter_rules is None:
+            self._adapter_rules = rules_of_engine(vllm_config)
+        self._adapter_rules.check(name, path)
 
     def _render(self, renderer: Any, request: dict) -> dict[str, list[int]] | None:
         """Prompts of members with templates, told what vLLM tells the base's; None if it cannot.

@@ -48,7 +48,9 @@ class DraftingScheduler(Scheduler):
         if self._proxy is None:
             return
         for request in filter(None, map(self.requests.get, request_ids)):
-            if request.spec_token_ids and not self._proxy.worker_alpha(request.sampling_params):
+            if request.spec_token_ids and not self._proxy.worker_alpha(
+                request.sampling_params, request.lora_request
+            ):
                 request.spec_token_ids = []
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:

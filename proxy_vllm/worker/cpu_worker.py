@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from vllm.distributed import get_pp_group
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import SamplerOutput
@@ -16,6 +17,7 @@ from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from proxy_vllm.adapters.manager import AdapterRunner
 from proxy_vllm.config import ProxyConfig
 from proxy_vllm.explain.request import without_rows, worker_top
 from proxy_vllm.explain.v1_runner import explain_step
@@ -33,7 +35,7 @@ class _Known(NamedTuple):
     top: int  # how many of the likeliest tokens to explain; 0 for none
 
 
-class ProxyCPUModelRunner(CPUModelRunner):
+class ProxyCPUModelRunner(AdapterRunner, CPUModelRunner):
     """vLLM's V1 runner on a CPU, handing each token's alpha to the model."""
 
     def __init__(self, vllm_config, device: torch.device) -> None:
@@ -43,6 +45,9 @@ class ProxyCPUModelRunner(CPUModelRunner):
         if self.proxy_config.expert_drafts:
             let_the_expert_draft(self)
         self.changed_tokens = ChangedTokens(self.proxy_config.changed_tokens_every, device)
+
+    def _adapters_of_requests(self) -> list[LoRARequest]:
+        return [r.lora_request for r in self.requests.values() if r.lora_request is not None]
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         """A request at the limit has no slots to draft into, and stops no other."""
@@ -74,10 +79,11 @@ class ProxyCPUModelRunner(CPUModelRunner):
             self.known = {r: known for r, known in self.known.items() if r in self.requests}
         rows = []
         for req_id in self.input_batch.req_ids:
-            params = self.requests[req_id].sampling_params
+            request = self.requests[req_id]
+            params = request.sampling_params
             known = self.known.get(req_id)
             if known is None or known.params is not params:
-                alpha = self.proxy_config.worker_alpha(params)
+                alpha = self.proxy_config.worker_alpha(params, request.lora_request)
                 known = self.known[req_id] = _Known(params, alpha, worker_top(params))
             rows.append(known)
         return rows

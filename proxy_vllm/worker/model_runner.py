@@ -7,6 +7,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import graph_capture
 from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
 from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -16,6 +17,7 @@ from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.structured_outputs import grammar_invalid_drafts
 
+from proxy_vllm.adapters.manager import AdapterRunner
 from proxy_vllm.composite.heads import MemberLogits
 from proxy_vllm.config import ProxyConfig
 from proxy_vllm.explain.columns import attach
@@ -38,7 +40,7 @@ from proxy_vllm.worker.sampler_graphs import Record, SamplerGraphs, cuda_graph_r
 logger = init_logger(f"vllm.{__name__}")
 
 
-class ProxyModelRunner(GPUModelRunner):
+class ProxyModelRunner(AdapterRunner, GPUModelRunner):
     """vLLM's runner, with the fused path wherever the sampler covers a row (see sampler.py)."""
 
     speculator: Any
@@ -56,6 +58,9 @@ class ProxyModelRunner(GPUModelRunner):
         if self.speculator is not None and proxy.expert_drafts:
             # In place of vLLM's drafter, which has no weights yet.
             self.speculator = ExpertSpeculator(vllm_config, device)
+
+    def _adapters_of_requests(self) -> list[LoRARequest]:
+        return list(self.lora_state.lora_requests.values())
 
     @torch.inference_mode()
     def warm_up_sampler(self) -> None:

@@ -85,7 +85,7 @@ class _ProxyState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        self.alpha.np[req_index] = self.proxy_config.worker_alpha(params)
+        self.alpha.np[req_index] = self.proxy_config.worker_alpha(params, new_req_data.lora_request)
         if self.own is not None:
             data = (params.extra_args or {}).get(RESOLVED_KEY) if params is not None else None
             prompt = new_req_data.prompt_token_ids
