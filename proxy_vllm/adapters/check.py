@@ -20,9 +20,13 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _OTHER_WEIGHTS = ("adapter_model.bin", "adapter_model.pt")
 
+LM_HEAD = (
+    "and vLLM counts a head's rows by request, as drafts and log-probabilities of prompts do not:"
+    " merge the adapter into the small model, and give the result as --expert"
+)
 _OWN_TABLE = (
-    "it brings {} of its own, and vLLM would leave that out: merge the adapter into the small model,"
-    " and give the result as --expert of a server of its own"
+    "it brings {} of its own, and vLLM would leave that out: merge the adapter into the small"
+    " model, and give the result as --expert of a server of its own"
 )
 
 Shape = tuple[int, ...]
@@ -38,21 +42,25 @@ class AdapterRules:
             Transformers' model; None where Transformers cannot build the model.
         lora: vLLM's limits.
         packed: vLLM's names of layers that hold several of the model's.
+        renumbered: whether the rows of the model's tables have other numbers in the engine.
     """
 
     model: str
     layers: dict[str, tuple[int, int]] | None
     lora: "LoRAConfig"
     packed: dict[str, list[str]]
+    renumbered: bool = False
 
     @classmethod
-    def of(cls, config: "ModelConfig", lora: "LoRAConfig") -> "AdapterRules":
+    def of(
+        cls, config: "ModelConfig", lora: "LoRAConfig", renumbered: bool = False
+    ) -> "AdapterRules":
         """The rules for adapters of the model of ``config``."""
         from vllm.model_executor.models import ModelRegistry
 
         kind, _ = ModelRegistry.resolve_model_cls(config.architectures, config)
         packed = dict(getattr(kind, "packed_modules_mapping", {}))
-        return cls(config.model, _layers(config), lora, packed)
+        return cls(config.model, _layers(config), lora, packed, renumbered)
 
     def check(self, name: str, path: str) -> None:
         """Raise ``UserError`` unless the adapter at ``path`` runs whole on this model."""
@@ -74,6 +82,8 @@ class AdapterRules:
             if (place := self._place(tensor, shape, config)) is not None:
                 layer, half = place
                 halves.setdefault(layer, {})[half] = shape
+                if "lora_embedding" in tensor:
+                    halves[layer]["embedding"] = shape
         if not halves:
             raise UserError("it holds no LoRA weights")
         for layer, own in halves.items():
@@ -127,15 +137,14 @@ class AdapterRules:
     def _check_layer(self, layer: str, own: dict[str, Shape], helper: Any) -> None:
         from vllm.lora.utils import is_in_target_modules
 
-        if own.keys() != {"A", "B"}:
+        if not {"A", "B"} <= own.keys():
             raise UserError(f"{layer} has but one of the two matrices of LoRA")
         targets = self.lora.target_modules
         last = layer.rpartition(".")[2]
-        if last == "lm_head" and "lm_head" not in (targets or ()):
-            raise UserError(
-                "it changes lm_head, whose slots cost every step: name it and the other layers in"
-                " --lora-target-modules"
-            )
+        if last == "lm_head":
+            raise UserError(f"it changes lm_head, {LM_HEAD}")
+        if self.renumbered and "embedding" in own:
+            raise UserError(f"it changes {layer}, whose rows --tokenizer-map has moved")
         if not is_in_target_modules(layer, targets, self.packed):
             raise UserError(f"it changes {layer}, which --lora-target-modules leaves out")
         if self.layers is None or ".experts" in layer:

@@ -20,10 +20,8 @@ Rows = list[tuple[int, torch.Tensor]]
 class ProductsByAdapter(PunicaWrapperCPU):
     """vLLM's interface of a step's adapters, for layers that are not sharded along the rank."""
 
-    # Of the step that runs: tokens in the layers, and rows in the output head. An operator finds
-    # them here, since there is one expert in a process.
+    # Tokens of the step that runs. An operator finds them here: a process has one expert.
     tokens: ClassVar[Rows] = []
-    samples: ClassVar[Rows] = []
 
     def update_metadata(
         self,
@@ -35,7 +33,6 @@ class ProductsByAdapter(PunicaWrapperCPU):
     ) -> None:
         super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         ProductsByAdapter.tokens = rows_by_slot(mapping.index_mapping, lora_index_to_id)
-        ProductsByAdapter.samples = rows_by_slot(mapping.prompt_mapping, lora_index_to_id)
 
     def add_lora_linear(
         self,
@@ -63,19 +60,6 @@ class ProductsByAdapter(PunicaWrapperCPU):
     ) -> None:
         torch.ops.vllm.proxy_add_adapters(y, x, [], [lora_b_stacked], [y.shape[-1]])
 
-    def add_lora_logits(
-        self,
-        y: torch.Tensor,  # [N, V], changed in place
-        x: torch.Tensor,  # [N, d]
-        lora_a_stacked: torch.Tensor,  # [slots, 1, r, d]
-        lora_b_stacked: torch.Tensor,  # [slots, 1, V, r]
-        scale: float,
-        *,
-        buffer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        _add(self.samples, y, x, [lora_a_stacked], [lora_b_stacked], [lora_b_stacked.shape[2]])
-
 
 def rows_by_slot(ids: tuple[int, ...], slots: list[int | None]) -> Rows:
     """Rows of each adapter that a step has, an id of 0 being none.
@@ -92,8 +76,7 @@ def rows_by_slot(ids: tuple[int, ...], slots: list[int | None]) -> Rows:
     ]
 
 
-def _add(
-    groups: Rows,
+def _proxy_add_adapters(
     y: torch.Tensor,
     x: torch.Tensor,
     lora_a: list[torch.Tensor],
@@ -102,7 +85,7 @@ def _add(
 ) -> None:
     """``y[rows] += x[rows] @ A.T @ B.T`` in float32 for each adapter, slice after slice."""
     y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-    for slot, rows in groups:
+    for slot, rows in ProductsByAdapter.tokens:
         own, start = x[rows].float(), 0
         for i, (b, width) in enumerate(zip(lora_b, slices)):
             inner = own @ lora_a[i][slot, 0].float().T if lora_a else own
@@ -110,16 +93,6 @@ def _add(
             part = y[:, start : start + change.shape[1]]
             part.index_copy_(0, rows, (part[rows].float() + change).to(y.dtype))
             start += width
-
-
-def _proxy_add_adapters(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: list[torch.Tensor],
-    lora_b: list[torch.Tensor],
-    slices: list[int],
-) -> None:
-    _add(ProductsByAdapter.tokens, y, x, lora_a, lora_b, slices)
 
 
 def _proxy_add_adapters_fake(

@@ -16,15 +16,16 @@ from vllm.utils.mem_utils import format_gib
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from proxy_vllm.adapters.check import AdapterRules
+from proxy_vllm.adapters.settings import rules_of_engine
 
 logger = init_logger(f"vllm.{__name__}")
 
 
 class ExpertAdapters(LRUCacheLoRAModelManager):
-    """Adapters in slots beside the expert's layers; its output head has them only if asked for.
+    """Adapters in slots beside the expert's layers, but not beside its output head.
 
-    A head with adapters costs a pass over the logits of every step, and its columns cannot stay on
-    the ranks that made them.
+    vLLM adds a head's adapter to one row a request, and to logits that all ranks have gathered.
+    Here a step may verify drafts, prompts have log-probabilities, and ranks keep their columns.
     """
 
     supported_lora_modules: list[str]
@@ -39,9 +40,8 @@ class ExpertAdapters(LRUCacheLoRAModelManager):
             )
 
     def _create_lora_modules(self) -> None:
-        if "lm_head" not in (self.lora_config.target_modules or ()):
-            kept = [name for name in self.supported_lora_modules if name != "lm_head"]
-            self.supported_lora_modules = kept
+        kept = [name for name in self.supported_lora_modules if name != "lm_head"]
+        self.supported_lora_modules = kept
         super()._create_lora_modules()
 
 
@@ -50,9 +50,11 @@ class ExpertAdapterWorker(LRUCacheWorkerLoRAManager):
 
     _manager_cls = ExpertAdapters
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, expert: Any) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, expert: Any, rules: AdapterRules
+    ) -> None:
         super().__init__(vllm_config, device, expert.embedding_modules)
-        self.rules = AdapterRules.of(vllm_config.model_config, self.lora_config)
+        self.rules = rules
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         self.rules.check(lora_request.lora_name, lora_request.lora_path)
@@ -66,7 +68,8 @@ class AdapterRunner(LoRAModelRunnerMixin):
         self, model: nn.Module, vllm_config: VllmConfig, device: torch.device
     ) -> nn.Module:
         expert, config = model.expert, model.member_configs["expert"]
-        self.lora_manager = ExpertAdapterWorker(config, device, expert)
+        rules = rules_of_engine(vllm_config)
+        self.lora_manager = ExpertAdapterWorker(config, device, expert, rules)
         self.lora_manager.create_lora_manager(expert, config)
         logger.info(
             "Adapters: %d slots of rank %d in %d layers of the expert, %s GiB",
@@ -95,6 +98,10 @@ class AdapterRunner(LoRAModelRunnerMixin):
             own = {r.lora_int_id: r for r in self._adapters_of_requests()}
             every = [*lora_requests, *(own[i] for i in wanted if i in own)]
         super()._set_active_loras(prompt_lora_mapping, token_lora_mapping, every, mapping_type)
+
+    def set_adapters_of_drafts(self, *batch: Any) -> None:
+        """Lay adapters out for one token of each request in a step's batch."""
+        raise NotImplementedError
 
     def _adapters_of_requests(self) -> list[LoRARequest]:
         """The adapters of all requests that this runner holds."""

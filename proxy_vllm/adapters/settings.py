@@ -2,14 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from proxy_vllm.adapters.check import LM_HEAD, AdapterRules
 from proxy_vllm.config import ProxyConfig
 from proxy_vllm.errors import UserError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.lora.request import LoRARequest
-
-    from proxy_vllm.adapters.check import AdapterRules
 
 
 def named_adapters(kwargs: dict[str, Any]) -> dict[str, str]:
@@ -49,17 +48,15 @@ def check_adapters(
         return
     if excluded := _excluded(kwargs, proxy):
         raise UserError(f"--enable-lora: {excluded}")
-    rules = rules_of(kwargs, configs["expert"])
+    rules = rules_of(kwargs, configs["expert"], bool(proxy.moved_tokens("expert")))
     for name, path in adapters.items():
         rules.check(name, path)
 
 
-def rules_of(kwargs: dict[str, Any], expert: "ModelConfig") -> "AdapterRules":
+def rules_of(kwargs: dict[str, Any], expert: "ModelConfig", renumbered: bool) -> "AdapterRules":
     """What adapters of the expert may change, by an engine's arguments."""
     from vllm.config.lora import LoRAConfig
     from vllm.model_executor.models import ModelRegistry, supports_lora
-
-    from proxy_vllm.adapters.check import AdapterRules
 
     kind, name = ModelRegistry.resolve_model_cls(expert.architectures, expert)
     if not supports_lora(kind):
@@ -69,18 +66,17 @@ def rules_of(kwargs: dict[str, Any], expert: "ModelConfig") -> "AdapterRules":
         )
     given = {name: kwargs.get(field) for field, name in _LIMITS.items()}
     limits = LoRAConfig(**{name: value for name, value in given.items() if value is not None})
-    return AdapterRules.of(expert, limits)
+    return AdapterRules.of(expert, limits, renumbered)
 
 
 def rules_of_engine(vllm_config: "VllmConfig") -> "AdapterRules":
     """What adapters of the expert may change, by an engine's configuration."""
-    from proxy_vllm.adapters.check import AdapterRules
     from proxy_vllm.composite.member_configs import member_model_config
 
     proxy = ProxyConfig.from_vllm_config(vllm_config)
     expert = member_model_config("expert", proxy, vllm_config.model_config)
     assert vllm_config.lora_config is not None
-    return AdapterRules.of(expert, vllm_config.lora_config)
+    return AdapterRules.of(expert, vllm_config.lora_config, bool(proxy.moved_tokens("expert")))
 
 
 # vLLM's engine arguments, and the fields of its configuration that they become.
@@ -101,14 +97,5 @@ def _excluded(kwargs: dict[str, Any], proxy: ProxyConfig) -> str | None:
     if kwargs.get("fully_sharded_loras") and current_platform.is_cpu():
         return "vLLM's --fully-sharded-loras mixes requests' adapters on a CPU; leave it out"
     if "lm_head" in (kwargs.get("lora_target_modules") or ()):
-        if int(kwargs.get("tensor_parallel_size") or 1) > 1:
-            return (
-                "adapters of lm_head (--lora-target-modules) need all of a row's logits, which"
-                " --tensor-parallel-size leaves on ranks; leave one of them out"
-            )
-        if proxy.fused_head_max_batch > 0:
-            return (
-                "adapters of lm_head (--lora-target-modules) exclude --fused-head-max-batch, which"
-                " reads its weights alone"
-            )
+        return f"--lora-target-modules names lm_head, {LM_HEAD}"
     return None

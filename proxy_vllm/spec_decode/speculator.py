@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -117,6 +118,8 @@ class ExpertSpeculator(DraftModelSpeculator):
         self.drafter = drafter
         self.sample_positions = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         self.graphs: SpeculatorCudaGraphManager | None = None
+        # The runner, where requests have adapters.
+        self.adapters: Any = None
         self.model_state: Any = None  # of a run that profiles memory, before there is one
 
     def load_draft_model(
@@ -151,6 +154,13 @@ class ExpertSpeculator(DraftModelSpeculator):
         assert self.graphs is not None
         # What dummy runs left behind might point anywhere.
         self.idx_mapping.zero_()
+        if self.adapters is not None:
+            # A graph launches the products of as many adapters as are laid out now.
+            rows: np.ndarray = np.ones(self.max_num_reqs, dtype=np.int32)
+            lora = self.adapters.lora_config
+            most = lora.max_loras + 1
+            with self.adapters.maybe_select_dummy_loras(lora, rows, num_active_loras=most):
+                pass
         if self.speculative_config.uses_dynamic_speculative_decoding():
             # A graph of each number of drafts; vLLM's own way to it leaves out loops of one.
             self.graphs._capture_descs = {
@@ -202,6 +212,8 @@ class ExpertSpeculator(DraftModelSpeculator):
         upper_bound = input_batch.seq_lens_cpu_upper_bound
         self.draft_max_seq_len = min(int(upper_bound[:num_reqs].max()) + steps, self.max_model_len)
         self._start(input_batch, num_sampled, num_rejected, last_sampled, temperature, seeds)
+        if self.adapters is not None and not dummy_run:
+            self.adapters.set_adapters_of_drafts(input_batch)
         if dummy_run:
             self.idx_mapping.fill_(-1)  # its slots may be those of requests
 

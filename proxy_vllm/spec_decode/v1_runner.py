@@ -85,6 +85,8 @@ class ExpertProposer(DraftModelProposer):
         metadata.query_start_loc = self.arange[: batch + 1]
         metadata.query_start_loc_cpu = torch.from_numpy(self.token_arange_np[: batch + 1]).clone()
 
+        if self.runner.lora_config is not None:
+            self.runner.set_adapters_of_drafts()
         mode, padded, across_dp = self._determine_batch_execution_and_padding(batch)
         # Of the token before: each step goes on by one. A row at the length limit gets position 0
         # from vLLM, and must not go on from there and write keys.

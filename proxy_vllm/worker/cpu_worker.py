@@ -46,6 +46,10 @@ class ProxyCPUModelRunner(AdapterRunner, CPUModelRunner):
             let_the_expert_draft(self)
         self.changed_tokens = ChangedTokens(self.proxy_config.changed_tokens_every, device)
 
+    def set_adapters_of_drafts(self) -> None:
+        count = self.input_batch.num_reqs
+        self.set_active_loras(self.input_batch, np.ones(count, dtype=np.int32))
+
     def _adapters_of_requests(self) -> list[LoRARequest]:
         return [r.lora_request for r in self.requests.values() if r.lora_request is not None]
 

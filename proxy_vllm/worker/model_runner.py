@@ -58,6 +58,13 @@ class ProxyModelRunner(AdapterRunner, GPUModelRunner):
         if self.speculator is not None and proxy.expert_drafts:
             # In place of vLLM's drafter, which has no weights yet.
             self.speculator = ExpertSpeculator(vllm_config, device)
+            if self.lora_config is not None:
+                self.speculator.adapters = self
+
+    def set_adapters_of_drafts(self, batch: InputBatch) -> None:
+        one_each = np.ones(batch.num_reqs, dtype=np.int32)
+        inputs = self.lora_state.make_lora_inputs(batch.req_ids, batch.idx_mapping_np, one_each)
+        self._set_active_loras(*inputs)
 
     def _adapters_of_requests(self) -> list[LoRARequest]:
         return list(self.lora_state.lora_requests.values())
