@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proxy_vllm.adapters.settings import named_adapters
+from proxy_vllm.adapters.surface import lend_surface
 from proxy_vllm.checks.tokenizers import disagreements, is_placeholder, names_by_base_id
 from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError, one_line
@@ -36,6 +38,7 @@ class Member:
     config: "ModelConfig"
     tokenizer: Any  # None on an engine without tokenizers
     moves: dict[int, int]  # the model's id -> the base's, where ``tokenizer_map`` renumbers it
+    lent_ends: tuple[int, ...] = ()  # the base's ids of end tokens that its adapters bring
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -103,7 +106,8 @@ class Member:
             *token_ids(self.generation.get("eos_token_id")),
             *token_ids(written.get("eos_token_id")),
         ]
-        return list(dict.fromkeys(self.moves.get(index, index) for index in ids))
+        own = [self.moves.get(index, index) for index in ids]
+        return list(dict.fromkeys([*own, *self.lent_ends]))
 
     def named(self, index: int) -> str:
         return f"{self.names[index]!r} ({index})" if index in self.names else str(index)
@@ -139,13 +143,15 @@ def show_expert(
     """
     from vllm.logger import init_logger
 
-    surface = _Surface(dict(kwargs), _members(configs, proxy), proxy, caps_max_tokens)
+    members = _members(configs, proxy)
+    warnings = lend_surface(members["expert"], named_adapters(kwargs))
+    surface = _Surface(dict(kwargs), members, proxy, caps_max_tokens)
     surface.set_end_tokens()
     surface.set_tokenizer()
     surface.set_chat_template(base_chat_template)
     surface.set_generation_config()
     logger = init_logger(f"vllm.{__name__}")
-    for warning in surface.warnings:
+    for warning in (*warnings, *surface.warnings):
         logger.warning("%s", warning)
     logger.info("Users meet %s", "; ".join(surface.told))
     return surface.kwargs

@@ -1,12 +1,17 @@
 """Experts as LoRA adapters, a mix of them in one batch, against loops with merged experts."""
 
+import gc
 from typing import Any
 
+import psutil
 import pytest
-from engines import greedy_params, prompt_ids, running
+from engines import RUNNER, greedy_params, prompt_ids, running
 from reference_loop import Trio, greedy
-from tiny_adapters import ATTENTION, make_adapter, merge
+from tiny_adapters import make_adapted, merge
 from tiny_models import make_model
+
+from proxy_vllm.batch.generator import BatchGenerator
+from proxy_vllm.batch.request import LineOptions
 
 PROMPTS = prompt_ids([7, 30, 75, 12], seed=81)
 STEPS = 12
@@ -17,17 +22,7 @@ Case = tuple[str | None, int, float]
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> dict[str, Any]:
-    """Folders of a base, a small model, three adapters of it, and each merged."""
-    root = tmp_path_factory.mktemp("adapters")
-    base = make_model(root / "base", seed=1)
-    plain = make_model(root / "small", seed=3, heads=2, kv_heads=1, layers=2)
-    adapters = {
-        "safety": make_adapter(root / "safety", plain, seed=1),
-        "code": make_adapter(root / "code", plain, seed=2, rank=8, targets=ATTENTION),
-        "terse": make_adapter(root / "terse", plain, seed=3, targets=("embed_tokens", "up_proj")),
-    }
-    merged = {name: merge(root / f"merged-{name}", plain, a) for name, a in adapters.items()}
-    return {"base": base, "plain": plain, "adapters": adapters, "merged": merged}
+    return make_adapted(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +67,59 @@ CASES: list[Case] = [
 ]
 
 
+def adapted(small) -> dict[str, Any]:
+    """Arguments of an engine with fewer slots than adapters."""
+    return {
+        "model": small["base"],
+        "antiexpert": small["plain"],
+        "enable_lora": True,
+        "max_loras": 2,
+        "max_cpu_loras": 3,
+        "lora_modules": small["adapters"],
+    }
+
+
 def test_any_mix_of_adapters_and_alphas(small, truth):
     """Two slots for three adapters, so that they also change places; prompts in chunks."""
-    with running(
-        model=small["base"],
-        antiexpert=small["plain"],
-        enable_lora=True,
-        max_loras=2,
-        max_cpu_loras=3,
-        lora_modules=small["adapters"],
-    ) as llm:
+    with running(**adapted(small)) as llm:
         want = [truth(*case) for case in CASES]
         assert len({tuple(tokens) for tokens in want}) == len(CASES)
         assert ask(llm, CASES) == want
         # Again, from the prefix cache, which must keep adapters apart.
         assert ask(llm, CASES[::-1]) == want[::-1]
+        check_lines(llm, want)
+
+
+def check_lines(llm, want: list[list[int]]) -> None:
+    """The same as lines of a file, some in OpenAI's format, and names that there are not."""
+    sampling = {"temperature": 0, "max_tokens": STEPS, "ignore_eos": True}
+    lines = []
+    for number, (name, prompt, alpha) in enumerate(CASES):
+        lines.append({"prompt": PROMPTS[prompt], "proxy_alpha": alpha, "lora": name, **sampling})
+        if number % 2:
+            lines[-1] = openai_line(name or llm.model_config.model, PROMPTS[prompt], alpha)
+    lines += [{"prompt": "w5", "lora": "rude"}, openai_line("gpt-4", [5], 1.0)]
+    results = list(BatchGenerator(llm, LineOptions(token_ids=True)).run(enumerate(lines, start=1)))
+    *good, unknown, unserved = results
+    assert "lora is 'rude': --lora-modules names safety, code, terse" in unknown.error
+    assert unserved.openai
+    assert "body.model is 'gpt-4', which does not exist: there are" in unserved.error
+    for result, case, tokens in zip(good, CASES, want, strict=True):
+        assert result.error is None
+        output = result.output
+        if result.openai:
+            output = output["response"]["body"]
+            assert output["model"] == case[0] or case[0] is None
+            output = output["choices"][0]
+        else:
+            assert output.get("lora") == case[0]
+        assert output["token_ids"] == tokens
+
+
+def openai_line(model: str, prompt: list[int], alpha: float) -> dict[str, Any]:
+    body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": STEPS}
+    body |= {"ignore_eos": True, "return_token_ids": True, "vllm_xargs": {"proxy_alpha": alpha}}
+    return {"custom_id": model, "method": "POST", "url": "/v1/completions", "body": body}
 
 
 def test_adapters_of_another_expert_and_drafts(small, tmp_path):
@@ -133,3 +166,41 @@ def test_drafts_are_those_of_the_requests_adapter(small):
     drafted = counts["vllm:spec_decode_num_draft_tokens"]
     # The last draft of an answer may come too late to be taken.
     assert counts["vllm:spec_decode_num_accepted_tokens"] >= 0.9 * drafted > 0
+
+
+@pytest.mark.slow
+def test_two_ranks(small, truth, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with running(**adapted(small), tensor_parallel_size=2) as llm:
+        assert ask(llm, CASES) == [truth(*case) for case in CASES]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(RUNNER == "v2", reason="Dynamo cannot trace Triton's interpreter")
+def test_compiled(small, truth, tmp_path, monkeypatch):
+    """Steps of other sizes and adapters than those that were traced; one without any adapter."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    with running(**adapted(small), enforce_eager=False) as llm:
+        for cases in (CASES[:1], CASES[1:2], CASES, CASES[3:5]):
+            assert ask(llm, cases) == [truth(*case) for case in cases]
+
+
+@pytest.mark.slow
+def test_a_thousand_loads_leave_nothing_behind(small, truth):
+    from vllm.lora.request import LoRARequest
+
+    paths = list(small["adapters"].values())
+    with running(**adapted(small)) as llm:
+        engine, process = llm.llm_engine, psutil.Process()
+        for number in range(1, 1001):
+            engine.add_lora(LoRARequest(f"load-{number}", 100 + number, paths[number % 3]))
+            if number % 3 == 0:
+                assert engine.remove_lora(100 + number)
+            if number % 250 == 0:
+                assert ask(llm, CASES) == [truth(*case) for case in CASES]
+            if number == 250:
+                gc.collect()
+                before = process.memory_info().rss
+        assert len(engine.list_loras()) <= 3
+        gc.collect()
+        assert process.memory_info().rss - before < 8 << 20

@@ -32,7 +32,13 @@ class Server:
         self.log_path = log_path
         command = [
             *(sys.executable, "-m", "proxy_vllm.cli.main", "serve", trio["model"]),
-            *("--expert", trio["expert"], "--antiexpert", trio["antiexpert"], "--alpha", "1.5"),
+            *(
+                part
+                for role in ("expert", "antiexpert")
+                if role in trio
+                for part in (f"--{role}", trio[role])
+            ),
+            *("--alpha", "1.5"),
             *("--host", "127.0.0.1", "--port", str(self.port), "--api-key", KEY),
             *("--served-model-name", "steered", "--dtype", "float32", "--enforce-eager"),
             *("--max-model-len", "512", "--kv-cache-memory-bytes", str(64 << 20)),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_adapters import make_adapter
 
 from proxy_vllm.cli import main
 from twins.examples import ROOT, Example, Twins, example, examples
@@ -129,6 +130,10 @@ def check_own(options: str, folder) -> None:
             source.parent.mkdir(parents=True, exist_ok=True)
             if not argv[at + 1].endswith("/") and not source.exists():
                 source.write_text('{"prompt": "The capital of France is"}\n')
+    for word in [word for word in argv if re.fullmatch(r"\w+=adapters/\w+", word)]:
+        model = argv[argv.index("--antiexpert") + 1]
+        argv[argv.index(word)] = word.replace("adapters/", f"{folder}/")
+        make_adapter(folder / word.rpartition("/")[2], model)
     if argv[0] == "serve" and "--dtype" not in argv:
         argv += ["--dtype", "float32"]
     starts = argv[0] in ("serve", "generate", "bench", "demo", "plan")
