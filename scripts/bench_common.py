@@ -133,8 +133,14 @@ def greedy(
     tokens: int,
     alphas: Sequence[float] | None = None,
 ) -> list:
-    """Greedy outputs of exactly `tokens` tokens; a prompt may be one for each role."""
+    """Greedy outputs of exactly `tokens` tokens; a prompt may be one for each role.
+
+    An engine's adapters are taken in turn.
+    """
     from vllm import SamplingParams
+
+    adapters = list(getattr(llm, "adapters", {}).values())
+    own = [adapters[i % len(adapters)] for i in range(len(prompts))] if adapters else None
 
     params = [
         SamplingParams(
@@ -144,7 +150,7 @@ def greedy(
         for i in range(len(prompts))
     ]  # fmt: skip
     asked = [p if isinstance(p, dict) else {"prompt_token_ids": p} for p in prompts]
-    return llm.generate(asked, params, use_tqdm=False)
+    return llm.generate(asked, params, lora_request=own, use_tqdm=False)
 
 
 class PeakMemory(threading.Thread):

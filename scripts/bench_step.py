@@ -3,6 +3,7 @@
 
     python scripts/bench_step.py --json benchmarks/results/step.json            # one GPU
     python scripts/bench_step.py --systems proxy sampler_graphs fused_head      # what options gain
+    python scripts/bench_step.py --systems proxy adapters --batch 8             # experts as adapters
     python scripts/bench_step.py --smoke --json /tmp/step.json                  # a CPU, tiny shapes
 
 Models are a config.json each, weights are vLLM's dummies, nothing is fetched. A step is the
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from adapter_files import make_adapter, merge
 from bench_common import (
     ChildProcess,
     compare_with_loop,
@@ -60,11 +62,14 @@ SHAPES = {
              "vocab_size": 509, "tie_word_embeddings": True},
 }  # fmt: skip
 CHECK_TOKENS = 16
+# Adapters that a batch mixes, in the place of an expert of its own.
+ADAPTERS = {"enable_lora": True, "max_loras": 2}
 # What is timed: arguments of `ProxyLLM`, or None for the base alone.
 SYSTEMS: dict[str, dict | None] = {
     "proxy": {},
     "sampler_graphs": {"sampler_cuda_graphs": True},
     "fused_head": {"fused_head_max_batch": 1 << 20},
+    "adapters": ADAPTERS,
     "base": None,
 }
 
@@ -96,10 +101,24 @@ def write_models(root: Path, name: str) -> list[str]:
     return folders
 
 
+def adapters_of(model: str) -> dict[str, str]:
+    """Adapters of rank 16 of a small model, written beside it."""
+    paths = {}
+    for number in range(ADAPTERS["max_loras"]):
+        path = Path(f"{model}-adapter-{number}")
+        if not path.exists():
+            make_adapter(path, model, seed=number, rank=16, scale=0.5)
+        paths[path.name] = str(path)
+    return paths
+
+
 def start_engine(system: str, models: list[str], args: argparse.Namespace, **kwargs):
     """An engine of `SYSTEMS`."""
     options = SYSTEMS[system]
     members = models[:1] if options is None else models
+    if options is ADAPTERS:
+        options = {**options, "lora_modules": adapters_of(models[2])}
+        members = [models[0], "", models[2]]
     return engine(members, **(options or {}), **kwargs, **args.engine_args)
 
 
@@ -153,8 +172,18 @@ def check(system: str, models: list[str], args: argparse.Namespace) -> dict:
     )
     outputs = greedy(llm, prompts, CHECK_TOKENS, alphas)
     tokens = [list(o.outputs[0].token_ids) for o in outputs]
-    trio = Trio.load(*models, torch.float32)
-    return compare_with_loop(trio, prompts, tokens, args.check_dtype, alphas)
+    experts = [models[1]]
+    if SYSTEMS[system] is ADAPTERS:
+        paths = adapters_of(models[2]).values()
+        experts = [merge(Path(f"{path}-merged"), models[2], path) for path in paths]
+    found = []
+    for first, expert in enumerate(experts):
+        trio = Trio.load(models[0], expert, models[2], torch.float32)
+        own = [rows[first :: len(experts)] for rows in (prompts, tokens, alphas)]
+        found.append(compare_with_loop(trio, own[0], own[1], args.check_dtype, own[2]))
+    worst = max(found, key=lambda result: result["gap"])
+    counts = {name: sum(result[name] for result in found) for name in ("tokens", "exact")}
+    return {**worst, **counts, "passed": all(result["passed"] for result in found)}
 
 
 def rows_of(measured: dict[str, dict], args: argparse.Namespace) -> list[dict]:
@@ -309,7 +338,7 @@ def main() -> None:
         "dtype": args.dtype,
         "correctness": {"shape": args.check_shape, "dtype": args.check_dtype, **checked},
         "engines": {
-            k: {"start_s": v["start_s"], "cuda_graphs": v["cuda_graphs"]}
+            k: {name: v[name] for name in ("start_s", "cuda_graphs", "kv_tokens")}
             for k, v in measured.items()
         },
         "took_s": round(time.monotonic() - begun, 1),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from proxy_vllm.plan.adapters import AdapterSlots
     from proxy_vllm.plan.remote_base import RemoteBasePlan
     from proxy_vllm.plan.roofline import Plan
 
@@ -55,7 +56,8 @@ class PlanSubcommand:
             "gpu_memory_utilization": args.gpu_memory_utilization,
             "reserve_gib": args.reserve_gib,
         }
-        expert, antiexpert = model_shape(args.expert), model_shape(args.antiexpert)
+        antiexpert = model_shape(args.antiexpert)
+        expert = model_shape(args.expert) if args.expert else antiexpert
         result: Plan | RemoteBasePlan
         if remote is not None:
             from proxy_vllm.plan.remote_base import Trips, plan_remote_base
@@ -71,8 +73,11 @@ class PlanSubcommand:
                 speculative_tokens=args.speculative_tokens,
                 acceptance=args.acceptance,
                 same_as_base=[
-                    r for r in ("expert", "antiexpert") if _same(getattr(args, r), args.model)
+                    role
+                    for role in ("expert", "antiexpert")
+                    if _same(getattr(args, role) or args.antiexpert, args.model)
                 ],
+                adapters=_adapters(args),
                 **load,
             )
         if args.json == "-":
@@ -97,7 +102,9 @@ class PlanSubcommand:
             usage="proxy-vllm plan BASE --expert E --antiexpert A --gpu GPU [options]",
         )
         parser.add_argument("model", metavar="BASE", nargs="?", help="model folder, or hub name")
-        parser.add_argument("--expert", required=True, help="the small tuned model")
+        parser.add_argument(
+            "--expert", help="the small tuned model; with --enable-lora it may be left out"
+        )
         parser.add_argument("--antiexpert", required=True, help="the small untuned model")
         parser.add_argument("--gpu", help=f"one of {', '.join(GPUS)}")
         parser.add_argument("--bandwidth-tbps", type=float, help="memory bandwidth, 1e12 bytes/s")
@@ -135,6 +142,11 @@ class PlanSubcommand:
             metavar="A",
             help="probability from 0 to 1 that a draft is accepted",
         )
+        parser.add_argument(
+            "--enable-lora", action="store_true", help="requests name LoRA adapters of the expert"
+        )
+        parser.add_argument("--max-loras", type=int, default=1, help="adapters in one step")
+        parser.add_argument("--max-lora-rank", type=int, default=16, help="of an adapter")
         add_remote_base_arguments(parser)
         parser.add_argument(
             "--base-latency-ms",
@@ -177,7 +189,11 @@ def _write_json(path: str, result: dict[str, Any]) -> None:
 def _check_base(args: argparse.Namespace, elsewhere: bool) -> None:
     from proxy_vllm.errors import UserError
 
+    if not args.expert and (elsewhere or not args.enable_lora):
+        raise UserError("--expert is missing: the small tuned model, or --enable-lora")
     if elsewhere:
+        if args.enable_lora:
+            raise UserError("--enable-lora is for a base in the engine: leave --base-url out")
         if args.model is not None:
             raise UserError(f"BASE {args.model!r} and --base-url: give one of them")
         if args.speculative_tokens is not None:
@@ -188,6 +204,14 @@ def _check_base(args: argparse.Namespace, elsewhere: bool) -> None:
     for name, option in _TRIPS.items():
         if getattr(args, name) is not None:
             raise UserError(f"{option} is for a base elsewhere: name it by --base-url")
+
+
+def _adapters(args: argparse.Namespace) -> AdapterSlots | None:
+    from proxy_vllm.plan.adapters import AdapterSlots
+
+    if not args.enable_lora:
+        return None
+    return AdapterSlots(args.max_loras, args.max_lora_rank, alone=not args.expert)
 
 
 def print_plan(result: Plan | RemoteBasePlan) -> None:
@@ -214,6 +238,9 @@ def print_plan(result: Plan | RemoteBasePlan) -> None:
             same = role in inputs.get("same_as_base", ())
             size = "the base's" if same else _gib(result.weights_gib[role])
             weights.add_row(role, escape(inputs[role]), size)
+    if (adapters := inputs.get("adapters")) is not None:
+        slots = f"{adapters['count']} of rank {adapters['rank']}"
+        weights.add_row("adapters", slots, _gib(result.weights_gib["adapters"]))
     weights.add_row("total", "", _gib(result.weights_gib["total"]))
     console.print(weights)
     if isinstance(result, Plan):

@@ -81,6 +81,8 @@ class Parameters:
     """Matrices of routed experts."""
     num_experts: int
     tied: bool
+    adapted: int = 0
+    """Inputs and outputs of all layers that LoRA can adapt: its elements for each rank."""
 
 
 def text_config(name: str, raw: Mapping[str, Any]) -> PreTrainedConfig:
@@ -186,6 +188,12 @@ def parameters(model: PreTrainedModel) -> Parameters:
         routed=routed,
         num_experts=num_experts,
         tied=id(head) in tables,
+        adapted=sum(
+            sum(m.weight.shape)
+            for m in model.modules()
+            if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D") and m.weight is not head
+        )
+        + sum(sum(m.weight.shape) for m in model.modules() if isinstance(m, nn.Embedding)),
     )
 
 

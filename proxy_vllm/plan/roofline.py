@@ -27,6 +27,7 @@ from functools import partial
 from typing import Any
 
 from proxy_vllm.errors import UserError
+from proxy_vllm.plan.adapters import AdapterSlots
 from proxy_vllm.plan.config_file import ConfigSource
 from proxy_vllm.plan.model_size import DTYPE_BYTES, ElementBytes, ModelShape, model_shape
 from proxy_vllm.plan.speculation import Speculation, speculation
@@ -171,7 +172,7 @@ class Plan:
     kv_bytes_per_token: float
     """Bytes on one rank of a sequence of `context` tokens, over its tokens."""
     weights_gib: dict[str, float]
-    """Of each member and `total`, over all GPUs."""
+    """Of each member, slots for `adapters`, and `total`, over all GPUs."""
     parts_ms: dict[str, float]
     inputs: dict[str, Any]
     notes: tuple[str, ...]
@@ -199,13 +200,15 @@ def plan(
     acceptance: float | None = None,
     same_as_base: Collection[str] = (),
     another_prompt: Collection[str] = (),
+    adapters: AdapterSlots | None = None,
 ) -> Plan:
     """Time, memory and fit of a trio on `tp` GPUs.
 
     With `speculative_tokens`, of which each is accepted with probability `acceptance`, also the
     speed with drafts. The drafter is the expert in place, so memory stays as it is. Small members
     in `same_as_base` are the base itself: they cost nothing, or where they read `another_prompt` a
-    pass and a cache and no weights.
+    pass and a cache and no weights. With `adapters`
+    requests have LoRA adapters of the expert; what a step reads of them is not counted.
     Members are shapes, or anything that `proxy_vllm.plan.model_size.load_config` reads. Raises
     `UserError` for an input that no engine could run, by name.
 
@@ -224,10 +227,13 @@ def plan(
     notes = [f"{role}: {note}" for role, m in zip(roles, members) for note in m.notes]
     size = element_bytes(dtype, kv_cache_dtype)
     notes += warnings(dict(zip(roles, members)), size, context, gpu, tp)
+    # Adapters make the expert another model, though its weights be another member's.
+    adapted = ("expert",) if adapters is not None else ()
+    runs = [role not in same_as_base or role in (*another_prompt, *adapted) for role in roles]
+    running = [m for m, own in zip(members, runs) if own]
     own_weights = [role not in same_as_base for role in roles]
-    running = [
-        m for role, m, own in zip(roles, members, own_weights) if own or role in another_prompt
-    ]
+    if adapters is not None and adapters.alone:
+        own_weights[1] = False
     if (speculative_tokens is None) != (acceptance is None):
         raise UserError(
             "--speculative-tokens and --acceptance go together: the share of drafts that is"
@@ -245,12 +251,13 @@ def plan(
     floor, alone = floor_of(running), floor_of(members[:1])
     drafts = None
     if speculative_tokens is not None and acceptance is not None:
-        if not any(own_weights[1:]):
+        drafters = [m for role, m in zip(roles, members) if role not in same_as_base]
+        drafters = drafters[1:] if adapters is None else [members[1]]
+        if not drafters:
             raise UserError("--speculative-tokens: expert and antiexpert are the base itself")
-        drafter = members[1 if own_weights[1] else 2]
         drafts = speculation(
             running,
-            drafter,
+            drafters[0],
             floor_of,
             batch=batch,
             drafts=speculative_tokens,
@@ -263,8 +270,12 @@ def plan(
         for role, m, own in zip(roles, members, own_weights)
     }
     budget_gib = gpu.memory_gib * gpu_memory_utilization - reserve_gib
-    kv_tokens = partial(fitting_tokens, size=size, budget_gib=budget_gib, context=context, tp=tp)
-    tokens = kv_tokens(running, holding=holding)
+    trio_gib = budget_gib
+    if adapters is not None:
+        weights["adapters"] = adapters.bytes(members[1], size) / GIB
+        trio_gib -= weights["adapters"] / tp
+    kv_tokens = partial(fitting_tokens, size=size, context=context, tp=tp)
+    tokens = kv_tokens(running, holding=holding, budget_gib=trio_gib)
     return Plan(
         step_ms=floor.step_ms,
         base_step_ms=alone.step_ms,
@@ -274,8 +285,10 @@ def plan(
         base_tokens_per_s=batch / alone.step_ms * 1e3,
         fits=tokens >= batch * context,
         kv_tokens=tokens,
-        base_kv_tokens=kv_tokens(members[:1]),
-        kv_tokens_one_table=kv_tokens(running, holding=holding, one_table=True),
+        base_kv_tokens=kv_tokens(members[:1], budget_gib=budget_gib),
+        kv_tokens_one_table=kv_tokens(
+            running, holding=holding, budget_gib=trio_gib, one_table=True
+        ),
         kv_bytes_per_token=_held(running, size, context, tp) / context,
         weights_gib={**weights, "total": sum(weights.values())},
         parts_ms=asdict(floor),
@@ -290,6 +303,7 @@ def plan(
             "context": context,
             "gpu_memory_utilization": gpu_memory_utilization,
             "reserve_gib": reserve_gib,
+            **({"adapters": asdict(adapters)} if adapters is not None else {}),
         },
         notes=tuple(notes),
         speculation=drafts,

@@ -5,9 +5,10 @@ from typing import Any
 
 import psutil
 import pytest
+from adapter_files import merge
 from engines import RUNNER, greedy_params, prompt_ids, running
 from reference_loop import Trio, greedy
-from tiny_adapters import make_adapted, merge
+from tiny_adapters import make_adapted
 from tiny_models import make_model
 
 from proxy_vllm.batch.generator import BatchGenerator

@@ -9,9 +9,10 @@ import urllib.request
 import openai
 import pytest
 import torch
+from adapter_files import make_adapter
 from reference_loop import Trio, greedy
 from test_server import KEY, PROMPT, Server
-from tiny_adapters import make_adapted, make_adapter
+from tiny_adapters import make_adapted
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_adapters import make_adapter
+from adapter_files import make_adapter
 
 from proxy_vllm.cli import main
 from twins.examples import ROOT, Example, Twins, example, examples

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_files import make_adapter
 from safetensors.torch import load_file, save_file
-from tiny_adapters import make_adapter
 from tiny_models import make_model
 
 from proxy_vllm.errors import UserError
