@@ -3,7 +3,7 @@
 
     python scripts/bench_step.py --json benchmarks/results/step.json            # one GPU
     python scripts/bench_step.py --systems proxy sampler_graphs fused_head      # what options gain
-    python scripts/bench_step.py --systems proxy adapters --batch 8             # experts as adapters
+    python scripts/bench_step.py --systems proxy adapters --batch 8            # experts as adapters
     python scripts/bench_step.py --smoke --json /tmp/step.json                  # a CPU, tiny shapes
 
 Models are a config.json each, weights are vLLM's dummies, nothing is fetched. A step is the

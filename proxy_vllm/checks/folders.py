@@ -61,7 +61,8 @@ def what_it_is(files: Iterable[str], folder: Path | None = None) -> str:
             except (OSError, ValueError, KeyError, TypeError):
                 pass
         return (
-            f"this is a LoRA adapter{of}, no whole model: merge it into its model (PEFT's"
+            f"this is a LoRA adapter{of}, no whole model: name it with --enable-lora"
+            " --lora-modules NAME=PATH and its model as --antiexpert, or merge it (PEFT's"
             " `merge_and_unload`), save that with its tokenizer, and name the new folder"
         )
     if any(name.endswith(".gguf") for name in names):

@@ -6,6 +6,24 @@ from: methods, properties, fields, and attributes that some method of theirs set
 
 # vLLM class or NamedTuple -> our file -> names that it reads, sets or calls.
 ATTRIBUTES: dict[str, dict[str, str]] = {
+    "vllm.lora.model_manager:LRUCacheLoRAModelManager": {
+        "adapters/manager.py": "device max_num_seqs modules punica_wrapper_mapping"
+        " supported_lora_modules"
+    },
+    "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager": {
+        "adapters/manager.py": "_manager_cls create_lora_manager"
+    },
+    "vllm.lora.peft_helper:PEFTHelper": {
+        "adapters/check.py": "from_dict get_rank_and_scaling validate_legal"
+    },
+    "vllm.config:LoRAConfig": {
+        "adapters/check.py": "max_lora_rank target_modules",
+        "member_configs.py": "lora_dtype",
+        "speculator.py": "max_loras",
+    },
+    "vllm.v1.worker.gpu.lora_utils:LoraState": {
+        "model_runner.py": "lora_requests make_lora_inputs"
+    },
     "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator": {
         "spec_decode/speculator.py": "_build_uniform_attn_metadata _build_uniform_batch_dp_sync"
         " _prepare_eplb_forward _update_draft_decode_metadata attn_groups block_tables"
@@ -432,6 +450,11 @@ CALLS: dict[str, dict[str, str]] = {
 
 # Our class -> vLLM's methods that it overrides. Each must still be there, and be called as ours is.
 OVERRIDES: dict[str, str] = {
+    "proxy_vllm.adapters.cpu_products:ProductsByAdapter": "add_lora_embedding add_lora_linear"
+    " update_metadata",
+    "proxy_vllm.adapters.manager:AdapterRunner": "_set_active_loras load_lora_model",
+    "proxy_vllm.adapters.manager:ExpertAdapterWorker": "__init__ _load_adapter",
+    "proxy_vllm.adapters.manager:ExpertAdapters": "_create_lora_modules _init_punica_wrapper",
     "proxy_vllm.cli.bench:BenchSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.bench:_Offline": "add_cli_args",
     "proxy_vllm.cli.bench:Latency": "cmd",
@@ -485,6 +508,12 @@ OVERRIDES: dict[str, str] = {
 
 # vLLM function -> calls in its body that reach our overrides, and keywords that they must pass.
 HOOKS: dict[str, dict[str, str]] = {
+    "vllm.lora.model_manager:LoRAModelManager.__init__": {
+        "self._init_punica_wrapper": "",
+        "self._create_lora_modules": "",
+    },
+    "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.add_adapter": {"self._load_adapter": ""},
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model": {"self.load_lora_model": ""},
     "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion._create_completion": {
         "self.completion_stream_generator": "",
         "self.request_output_to_completion_response": "",
@@ -523,6 +552,7 @@ HOOKS: dict[str, dict[str, str]] = {
     },
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": {
         "self.gather_batch_req_state": "",
+        "self._set_active_loras": "",
         "self.model_state.prepare_attn": "",
         "self.model_state.prepare_inputs": "",
     },

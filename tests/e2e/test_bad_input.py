@@ -103,6 +103,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     (root / "cut_bin/model.safetensors").unlink()
     whole = (root / "lost_bin/pytorch_model-1.bin").read_bytes()
     (root / "cut_bin/pytorch_model.bin").write_bytes(whole[:-100])
+    made["gpt2"] = make_model(root / "gpt2", **{**SMALL, "arch": "gpt2"})
     made["adapter"] = str(root / "adapter")
     (root / "adapter").mkdir()
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2.5-1.5B"}
@@ -172,7 +173,7 @@ CASES = {
     "LoRA adapter": (
         {"expert": "adapter"},
         [],
-        ["expert", "LoRA adapter of 'Qwen/Qwen2.5-1.5B'", "merge_and_unload"],
+        ["expert", "LoRA adapter of 'Qwen/Qwen2.5-1.5B'", "--lora-modules", "merge_and_unload"],
     ),
     "GGUF": ({"antiexpert": "gguf"}, [], ["antiexpert", "GGUF", "safetensors"]),
     "a folder too high": (
@@ -247,8 +248,27 @@ CASES = {
         ["--tensor-parallel-size", "2"],
         ["expert", "three", "3 attention heads", "--tensor-parallel-size 2"],
     ),
-    "lora": ({}, ["--enable-lora"], ["enable_lora", "LoRA", "merge"]),
-    "lora modules": ({}, ["--lora-modules", "a=/b"], ["lora_modules", "LoRA", "merge"]),
+    "adapters of a head": (
+        {},
+        ["--enable-lora", "--lora-target-modules", "lm_head"],
+        ["--lora-target-modules names lm_head", "merge"],
+    ),
+    "adapters, off": ({}, ["--lora-modules", "a=/b"], ["--lora-modules needs --enable-lora"]),
+    "missing adapter": (
+        {},
+        ["--enable-lora", "--lora-modules", "safety=/b"],
+        ["adapter 'safety' (/b)", "no such folder"],
+    ),
+    "adapters of GPT-2": (
+        {"expert": "gpt2"},
+        ["--enable-lora"],
+        ["--enable-lora", "GPT2LMHeadModel", "merge"],
+    ),
+    "adapters and own prompts": (
+        {},
+        ["--enable-lora", "--own-prompts"],
+        ["--enable-lora", "--own-prompts", "another order"],
+    ),
     "microbatches": ({}, ["--ubatch-size", "2"], ["ubatch_size", "microbatches"]),
     "drafts from hidden states": (
         {},
@@ -447,7 +467,8 @@ def test_python_api_raises_user_errors(folders):
         ({"expert": folders["no weights"]}, "no weights"),
         ({"antiexpert": folders["renamed"]}, "disagree on 3 token ids"),
         ({"alpha": float("nan")}, "alpha is nan"),
-        ({"enable_lora": True}, "enable_lora"),
+        ({"lora_modules": {"safety": "/b"}}, "--enable-lora"),
+        ({"enable_lora": True, "lora_modules": {"safety": "/b"}}, "'safety' .*no such folder"),
         ({"expert": folders["short"], "max_model_len": 129}, "at most 128"),
         ({"expert": ""}, "expert"),
         ({"hf_overrides": lambda config: config}, "hf_overrides"),

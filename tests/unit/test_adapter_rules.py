@@ -79,7 +79,7 @@ def test_adapters_of_another_model(plain, tmp_path):
     deep = make_model(tmp_path / "deep", heads=2, kv_heads=1, layers=3)
     other = make_model(tmp_path / "other", arch="gpt2")
     path = make_adapter(tmp_path / "a", wide)
-    assert "from 128 to 128, which in" in refusal(plain, path)
+    assert "from 256 to 128, which in" in refusal(plain, path)
     assert "it was made for another model" in refusal(plain, path)
     assert "model.layers.2." in refusal(plain, make_adapter(tmp_path / "b", deep))
     assert "does not have" in refusal(plain, make_adapter(tmp_path / "c", other, targets=["c_fc"]))

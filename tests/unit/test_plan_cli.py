@@ -294,3 +294,26 @@ def test_what_does_not_go_with_a_base_elsewhere(trio):
     assert "--base-drafts" in one_line_error(*pair, *ELSEWHERE, *drafts, "--gpu", "h200")
     message = one_line_error(*pair, *ELSEWHERE, "--tokens-a-trip", "0.5", "--gpu", "h200")
     assert message == "--tokens-a-trip 0.5: give a number from 1"
+
+
+def test_adapters_share_the_small_models_weights(trio, capsys):
+    """Two slots of rank 16: inputs and outputs of each layer and of the token table, counted."""
+    base, _, _, *antiexpert = trio
+    run(*trio, "--gpu", "h200", "--json", "-")
+    plain = json.loads(capsys.readouterr().out)
+    run(base, *antiexpert, "--enable-lora", "--max-loras", "2", "--gpu", "h200", "--json", "-")
+    shared = json.loads(capsys.readouterr().out)
+    layer = 2 * (2048 + 2048) + 2 * (2048 + 512) + 3 * (2048 + 8192)
+    slots = 2 * 16 * 2 * (16 * layer + 128256 + 2048) / 2**30
+    weights = shared["weights_gib"]
+    assert weights["adapters"] == pytest.approx(slots)
+    assert weights["expert"] == 0
+    assert weights["total"] == pytest.approx(
+        plain["weights_gib"]["total"] - plain["weights_gib"]["expert"] + slots
+    )
+    assert shared["kv_tokens"] > plain["kv_tokens"]
+    assert shared["step_ms"] == plain["step_ms"]
+    with pytest.raises(UserError, match="--expert is missing"):
+        run(base, *antiexpert, "--gpu", "h200")
+    with pytest.raises(UserError, match="--max-lora-rank 7"):
+        run(base, *antiexpert, "--gpu", "h200", "--enable-lora", "--max-lora-rank", "7")
