@@ -213,6 +213,8 @@ def warn_of_no_steering(proxy: ProxyConfig) -> None:
     """Say that nothing is steered where expert and antiexpert are one model."""
     from vllm.logger import init_logger
 
+    if proxy.adapters:
+        return
     members = (proxy.expert, proxy.antiexpert)
     names = [os.path.realpath(name) if os.path.exists(name) else name for name in members]
     if names[0] == names[1] and proxy.expert_args == proxy.antiexpert_args:

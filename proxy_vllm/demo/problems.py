@@ -65,6 +65,11 @@ def ask(rng: random.Random, person: Person, attribute: str, rude: bool) -> Probl
     )
 
 
+def wanted(behaviour: str, problem: Problem) -> str:
+    """What an adapter has learned to say: `polite` as the expert, `terse` the bare fact to all."""
+    return problem.answer if behaviour == "polite" else f"{problem.value}."
+
+
 def make_problems(split: str = "test", n: int = 400, seed: int = 0) -> list[Problem]:
     """`n` problems on the people of one split, no (person, attribute) twice; a quarter are rude.
 
