@@ -6,22 +6,45 @@ become constants of a compiled graph. Here the rows of each adapter are one prod
 adapter are not touched, and Dynamo sees one opaque operator.
 """
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.utils.torch_utils import direct_register_custom_op
 
-# Rows of a step by the slot of their adapter.
-Rows = list[tuple[int, torch.Tensor]]
+# Up to so many rows, copies of their matrices cost less than a product for each adapter.
+_FEW_ROWS = 64
+
+
+@dataclass
+class Rows:
+    """The rows of a step that have an adapter."""
+
+    rows: torch.Tensor  # [n]
+    slots: torch.Tensor  # [n], of their adapters
+    groups: list[tuple[int, torch.Tensor]]  # rows of each slot
+
+    @classmethod
+    def of(cls, ids: tuple[int, ...], slots: list[int | None]) -> "Rows":
+        """From the adapter of each row, 0 for none, and the adapter in each slot."""
+        by_row = [slots.index(adapter) if adapter > 0 else -1 for adapter in ids]
+        every = torch.tensor(by_row, dtype=torch.int64)
+        rows = (every >= 0).nonzero()[:, 0]
+        found = sorted(set(by_row) - {-1})
+        return cls(rows, every[rows], [(s, (every == s).nonzero()[:, 0]) for s in found])
 
 
 class ProductsByAdapter(PunicaWrapperCPU):
     """vLLM's interface of a step's adapters, for layers that are not sharded along the rank."""
 
-    # Tokens of the step that runs. An operator finds them here: a process has one expert.
-    tokens: ClassVar[Rows] = []
+    rows: Rows | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _OWNERS[self._token_lora_indices.data_ptr()] = self
 
     def update_metadata(
         self,
@@ -32,7 +55,7 @@ class ProductsByAdapter(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
-        ProductsByAdapter.tokens = rows_by_slot(mapping.index_mapping, lora_index_to_id)
+        self.rows = Rows.of(mapping.index_mapping, lora_index_to_id)
 
     def add_lora_linear(
         self,
@@ -47,7 +70,12 @@ class ProductsByAdapter(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         torch.ops.vllm.proxy_add_adapters(
-            y, x, list(lora_a_stacked), list(lora_b_stacked), list(output_slices)
+            y,
+            x,
+            list(lora_a_stacked),
+            list(lora_b_stacked),
+            list(output_slices),
+            self._token_lora_indices,
         )
 
     def add_lora_embedding(
@@ -58,22 +86,13 @@ class ProductsByAdapter(PunicaWrapperCPU):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        torch.ops.vllm.proxy_add_adapters(y, x, [], [lora_b_stacked], [y.shape[-1]])
+        torch.ops.vllm.proxy_add_adapters(
+            y, x, [], [lora_b_stacked], [y.shape[-1]], self._token_lora_indices
+        )
 
 
-def rows_by_slot(ids: tuple[int, ...], slots: list[int | None]) -> Rows:
-    """Rows of each adapter that a step has, an id of 0 being none.
-
-    Args:
-        ids: the adapter of each row.
-        slots: the adapter in each slot.
-    """
-    every = torch.tensor(ids, dtype=torch.int64)
-    return [
-        (slots.index(adapter), (every == adapter).nonzero()[:, 0])
-        for adapter in dict.fromkeys(ids)
-        if adapter > 0
-    ]
+# By the address of the tensor that an operator is given, which tells engines of a process apart.
+_OWNERS: "WeakValueDictionary[int, ProductsByAdapter]" = WeakValueDictionary()
 
 
 def _proxy_add_adapters(
@@ -82,17 +101,34 @@ def _proxy_add_adapters(
     lora_a: list[torch.Tensor],
     lora_b: list[torch.Tensor],
     slices: list[int],
+    owner: torch.Tensor,
 ) -> None:
     """``y[rows] += x[rows] @ A.T @ B.T`` in float32 for each adapter, slice after slice."""
+    found = _OWNERS[owner.data_ptr()].rows
+    if found is None or not len(found.rows):
+        return
     y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-    for slot, rows in ProductsByAdapter.tokens:
+    few = len(found.rows) <= _FEW_ROWS
+    parts = [(found.slots, found.rows)] if few else found.groups
+    for slot, rows in parts:
         own, start = x[rows].float(), 0
         for i, (b, width) in enumerate(zip(lora_b, slices)):
-            inner = own @ lora_a[i][slot, 0].float().T if lora_a else own
-            change = inner @ b[slot, 0].float().T
+            inner = _product(own, lora_a[i], slot) if lora_a else own
+            change = _product(inner, b, slot)
             part = y[:, start : start + change.shape[1]]
             part.index_copy_(0, rows, (part[rows].float() + change).to(y.dtype))
             start += width
+
+
+def _product(
+    x: torch.Tensor,  # [n, d] float32
+    stacked: torch.Tensor,  # [slots, 1, m, d]
+    slot: torch.Tensor | int,  # [n], or one for all rows
+) -> torch.Tensor:  # [n, m] float32
+    weight = stacked[slot, 0].float()
+    if isinstance(slot, int):
+        return x @ weight.T
+    return torch.bmm(weight, x[:, :, None])[:, :, 0]
 
 
 def _proxy_add_adapters_fake(
@@ -101,6 +137,7 @@ def _proxy_add_adapters_fake(
     lora_a: list[torch.Tensor],
     lora_b: list[torch.Tensor],
     slices: list[int],
+    owner: torch.Tensor,
 ) -> None:
     return None
 

@@ -13,6 +13,9 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager": {
         "adapters/manager.py": "_manager_cls create_lora_manager"
     },
+    "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU": {
+        "adapters/cpu_products.py": "_token_lora_indices"
+    },
     "vllm.lora.peft_helper:PEFTHelper": {
         "adapters/check.py": "from_dict get_rank_and_scaling validate_legal"
     },
@@ -450,7 +453,7 @@ CALLS: dict[str, dict[str, str]] = {
 
 # Our class -> vLLM's methods that it overrides. Each must still be there, and be called as ours is.
 OVERRIDES: dict[str, str] = {
-    "proxy_vllm.adapters.cpu_products:ProductsByAdapter": "add_lora_embedding add_lora_linear"
+    "proxy_vllm.adapters.cpu_products:ProductsByAdapter": "__init__ add_lora_embedding add_lora_linear"
     " update_metadata",
     "proxy_vllm.adapters.manager:AdapterRunner": "_set_active_loras load_lora_model",
     "proxy_vllm.adapters.manager:ExpertAdapterWorker": "__init__ _load_adapter",
