@@ -453,8 +453,8 @@ CALLS: dict[str, dict[str, str]] = {
 
 # Our class -> vLLM's methods that it overrides. Each must still be there, and be called as ours is.
 OVERRIDES: dict[str, str] = {
-    "proxy_vllm.adapters.cpu_products:ProductsByAdapter": "__init__ add_lora_embedding add_lora_linear"
-    " update_metadata",
+    "proxy_vllm.adapters.cpu_products:ProductsByAdapter": "__init__ add_lora_embedding"
+    " add_lora_linear update_metadata",
     "proxy_vllm.adapters.manager:AdapterRunner": "_set_active_loras load_lora_model",
     "proxy_vllm.adapters.manager:ExpertAdapterWorker": "__init__ _load_adapter",
     "proxy_vllm.adapters.manager:ExpertAdapters": "_create_lora_modules _init_punica_wrapper",

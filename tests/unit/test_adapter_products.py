@@ -33,11 +33,7 @@ def test_each_row_gets_its_own_adapters_product(tokens, dtype, tolerance):
             assert torch.equal(y[row], before[row])
             continue
         slot = slots.index(adapter)
-        change = torch.cat(
-            [
-                x[row].double() @ a_[slot, 0].double().T @ b_[slot, 0].double().T
-                for a_, b_ in zip(a, b)
-            ]
-        )
+        pairs = [(a_[slot, 0].double(), b_[slot, 0].double()) for a_, b_ in zip(a, b)]
+        change = torch.cat([x[row].double() @ a_.T @ b_.T for a_, b_ in pairs])
         want = before[row].double() + change
         assert torch.allclose(y[row].double(), want, rtol=tolerance, atol=tolerance)
