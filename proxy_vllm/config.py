@@ -192,13 +192,16 @@ class ProxyConfig:
     def runs(self, role: str) -> bool:
         """Whether a member has a pass and a KV cache of its own.
 
-        One that is the base has none, unless it may read another prompt.
+        One that is the base has none, unless it may read another prompt or has adapters.
         """
-        return self.same_weights.get(role) != "base" or self.takes_own_prompts
+        adapted = role == "expert" and self.adapters
+        return self.same_weights.get(role) != "base" or self.takes_own_prompts or adapted
 
     @property
     def drafter(self) -> str | None:
         """The small member that drafts tokens, if asked to; None where both are the base."""
+        if self.adapters:
+            return "expert"
         return next((r for r in ROLES[1:] if self.same_weights.get(r) != "base"), None)
 
     @property

@@ -64,7 +64,7 @@ def prepare_engine_args(
     kwargs, configs = validate_trio(kwargs, proxy)
     if proxy.remote_base is not None:
         proxy = checked_endpoint(proxy, configs)
-    proxy = with_same_weights(proxy, configs)
+    proxy = with_same_weights(proxy, configs, adapted=bool(kwargs.get("enable_lora")))
     kwargs = show_expert(
         kwargs,
         configs,

@@ -17,6 +17,7 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from proxy_vllm.adapters.check import AdapterRules
 from proxy_vllm.adapters.settings import rules_of_engine
+from proxy_vllm.composite.shared_weights import own_containers
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -68,6 +69,8 @@ class AdapterRunner(LoRAModelRunnerMixin):
         self, model: nn.Module, vllm_config: VllmConfig, device: torch.device
     ) -> nn.Module:
         expert, config = model.expert, model.member_configs["expert"]
+        if model.proxy_config.same_weights:
+            own_containers(expert)
         rules = rules_of_engine(vllm_config)
         self.lora_manager = ExpertAdapterWorker(config, device, expert, rules)
         self.lora_manager.create_lora_manager(expert, config)

@@ -29,8 +29,13 @@ _FIELDS = (
 )
 
 
-def with_same_weights(proxy: ProxyConfig, configs: "dict[str, ModelConfig]") -> ProxyConfig:
-    """``proxy`` with the small members that are the base.
+def with_same_weights(
+    proxy: ProxyConfig, configs: "dict[str, ModelConfig]", adapted: bool = False
+) -> ProxyConfig:
+    """``proxy`` with the small members that are another member.
+
+    Args:
+        adapted: whether requests bring LoRA adapters of the expert.
 
     Raises:
         UserError: drafts are asked for, and no small member is there to make them.
@@ -40,18 +45,36 @@ def with_same_weights(proxy: ProxyConfig, configs: "dict[str, ModelConfig]") -> 
         moved = proxy.moved_tokens(role)
         if not moved and is_same_model(configs[role], configs["base"]):
             same[role] = "base"
+    if adapted:
+        same = _beside_adapters(same, proxy, configs)
     if not same:
         return proxy
     proxy = replace(proxy, same_weights=same)
-    for role in same:
+    for role, source in same.items():
         how = "its weights are loaded once" if proxy.runs(role) else "it is loaded and run once"
-        logger.info("The %s is the base: %s", role, how)
+        logger.info("The %s is the %s: %s", role, source, how)
     if proxy.expert_drafts and proxy.drafter is None:
         raise UserError(
             "--speculative-tokens: expert and antiexpert are the base itself, which drafts no"
             " faster than it answers; leave the option out"
         )
     return proxy
+
+
+def _beside_adapters(
+    same: dict[str, str], proxy: ProxyConfig, configs: "dict[str, ModelConfig]"
+) -> dict[str, str]:
+    """What an expert with adapters shares: weights at most, and a mixture of experts nothing.
+
+    vLLM adapts a mixture from inside, and with it every member that has the same one.
+    """
+    same = {role: source for role, source in same.items() if role != "expert"}
+    if proxy.adapters and not configs["expert"].is_moe:
+        if "antiexpert" in same:
+            same["expert"] = same["antiexpert"]
+        else:
+            same["antiexpert"] = "expert"
+    return same
 
 
 def is_same_model(a: "ModelConfig", b: "ModelConfig") -> bool:

@@ -4,6 +4,8 @@ Layers that keep a cache are made anew, under the member's own names. All others
 modules, so that whatever loads, quantises or repacks weights does it once for both.
 """
 
+import copy
+
 import torch
 import torch.nn as nn
 from vllm.config import VllmConfig
@@ -52,6 +54,21 @@ def _share(module: nn.Module, source: nn.Module) -> None:
             _share(child, own)
         else:
             setattr(module, name, own)
+
+
+def own_containers(model: nn.Module) -> None:
+    """Give a model containers of its own, so that wrapping a layer there wraps no other member's.
+
+    Those that hold layers with a cache are its own already.
+    """
+    for name, child in model.named_children():
+        if any(isinstance(layer, AttentionLayerBase) for layer in child.modules()):
+            own_containers(child)
+        elif next(child.children(), None) is not None:
+            own = copy.copy(child)
+            own._modules = dict(child._modules)
+            setattr(model, name, own)
+            own_containers(own)
 
 
 def _take_tensors(holder: object, source: object) -> None:

@@ -83,12 +83,28 @@ def adapted(small) -> dict[str, Any]:
 def test_any_mix_of_adapters_and_alphas(small, truth):
     """Two slots for three adapters, so that they also change places; prompts in chunks."""
     with running(**adapted(small)) as llm:
+        assert llm.apply_model(shared_layers) == [SHARED]
         want = [truth(*case) for case in CASES]
         assert len({tuple(tokens) for tokens in want}) == len(CASES)
         assert ask(llm, CASES) == want
         # Again, from the prefix cache, which must keep adapters apart.
         assert ask(llm, CASES[::-1]) == want[::-1]
         check_lines(llm, want)
+
+
+SHARED = {"gate_up_proj": True, "qkv_proj": True, "embed_tokens": True, "keys": False}
+
+
+def shared_layers(model) -> dict[str, bool]:
+    """Which layers of the expert, inside their adapters, are those of the antiexpert."""
+    own, other = model.expert.model, model.antiexpert.model
+    pairs = {
+        "gate_up_proj": (own.layers[0].mlp.gate_up_proj, other.layers[0].mlp.gate_up_proj),
+        "qkv_proj": (own.layers[0].self_attn.qkv_proj, other.layers[0].self_attn.qkv_proj),
+        "embed_tokens": (own.embed_tokens, other.embed_tokens),
+    }
+    shared = {name: mine.base_layer is theirs for name, (mine, theirs) in pairs.items()}
+    return {**shared, "keys": own.layers[0].self_attn.attn is other.layers[0].self_attn.attn}
 
 
 def check_lines(llm, want: list[list[int]]) -> None:
