@@ -16,17 +16,20 @@ class ScriptedLLM:
 
     def __init__(self, max_num_seqs=4, on_step=lambda llm: None, failing=()):
         self.proxy_config = PROXY
-        self.model_config = SimpleNamespace(get_diff_sampling_param=dict)
+        self.model_config = SimpleNamespace(
+            get_diff_sampling_param=dict, served_model_name="steered", model="base"
+        )
+        self.adapters = {}
         self.request_counter = SimpleNamespace(counter=0)
         scheduler = SimpleNamespace(max_num_seqs=max_num_seqs)
         self.llm_engine = self
-        self.vllm_config = SimpleNamespace(scheduler_config=scheduler)
+        self.vllm_config = SimpleNamespace(scheduler_config=scheduler, lora_config=None)
         self.engine_core = SimpleNamespace(shutdown=lambda: None)
         self.live = {}
         self.steps = self.most_live = self.empty_steps = 0
         self.on_step, self.failing = on_step, failing
 
-    def enqueue(self, prompts, params, use_tqdm):
+    def enqueue(self, prompts, params, use_tqdm, lora_request=None):
         (prompt,), (param,) = prompts, params
         text = prompt if isinstance(prompt, str) else str(prompt["prompt_token_ids"])
         if text == "too long":
@@ -37,7 +40,7 @@ class ScriptedLLM:
         self.live[str(self.request_counter.counter)] = [text, param, param.max_tokens]
         self.request_counter.counter += 1
 
-    def enqueue_chat(self, messages, params, use_tqdm):
+    def enqueue_chat(self, messages, params, use_tqdm, lora_request=None):
         self.enqueue([" | ".join(m["content"] for m in messages[0])], params, use_tqdm)
 
     def abort_request(self, request_ids):

@@ -6,7 +6,7 @@ from proxy_vllm.errors import UserError
 
 ROLES = ("base", "expert", "antiexpert", "tuned")
 # LoRA adapters of the antiexpert: the expert's behaviour, and another one.
-ADAPTERS = ("polite", "terse")
+ADAPTERS = ("polite", "gossip")
 
 
 def model_path(role: str) -> Path:
@@ -34,7 +34,7 @@ def model_path(role: str) -> Path:
 def adapter_path(name: str) -> Path:
     """Folder of one shipped LoRA adapter of the antiexpert, in PEFT's format.
 
-    `name` is "polite" (answers and refuses as the expert does) or "terse" (the bare fact, to all).
+    `name` is "polite" (answers and refuses as the expert does) or "gossip" (tells all to anybody).
     Raises `UserError` for another name or a folder that the installation lacks.
     """
     if name not in ADAPTERS:

@@ -101,6 +101,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         " hf_config hf_config_path is_attention_free is_hybrid is_prefix_caching_supported"
         " revision",
         "model.py": "get_vocab_size",
+        "same_weights.py": "is_moe",
         "validate.py": "get_total_num_kv_heads is_attention_free is_diffusion is_encoder_decoder"
         " is_hybrid model_arch_config runner_type tokenizer use_mla",
         "members.py": "disable_sliding_window get_sliding_window hf_text_config",

@@ -39,8 +39,10 @@ def prepare(twins: dict[str, str], adapters: dict[str, str]):
         },
         ProxyConfig(expert="", antiexpert=twins["antiexpert"], adapters=True),
     )
-    folder = Path(out["generation_config"], "generation_config.json")
-    ends = json.loads(folder.read_text())["eos_token_id"] if folder.exists() else []
+    # vLLM itself ends answers at the tokenizer's own end token.
+    ends = {AutoTokenizer.from_pretrained(out["tokenizer"]).eos_token_id}
+    if (folder := out.get("generation_config")) is not None:
+        ends |= set(json.loads(Path(folder, "generation_config.json").read_text())["eos_token_id"])
     return out, ends
 
 
