@@ -94,3 +94,4 @@ def save_adapter(tensors: dict[str, torch.Tensor], recipe: AdapterRecipe, folder
         "lora_dropout": 0.0,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    file.chmod(0o644)
