@@ -167,5 +167,7 @@ class SteeredRow:
 
     def logprobs(self) -> np.ndarray:
         """Steered log-probabilities ``[k]`` of the known tokens, renormalised over them."""
-        top = self.scores.max()
+        top = self.scores.max(initial=-np.inf)
+        if not np.isfinite(top):
+            return self.scores
         return self.scores - (top + np.log(np.exp(self.scores - top).sum()))

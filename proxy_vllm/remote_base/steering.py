@@ -208,6 +208,11 @@ class Steering:
                 token = await self._ask_argmax(ids, steered)
             if token is None and self.endpoint.can_ask_ids:
                 steered = await self._ask_more(ids, steered)
+        if token is None and not np.isfinite(steered.scores.max(initial=-np.inf)):
+            raise BaseUnavailable(
+                "the base's endpoint reports none of the tokens that this request allows"
+                " (--base-mode exact asks about them where the endpoint can be asked)"
+            )
         cut_mass = steered.cut_mass(1.0 if greedy else self.params.temperature)
         if greedy:
             best, certified = steered.greedy()
@@ -247,10 +252,10 @@ class Steering:
         All get a constant that keeps other tokens out. More tokens than one call takes are compared
         in several at the same time, and their winners in one more. None where that cannot be done.
         """
-        if not np.isfinite(steered.scores.max(initial=-np.inf)):
-            return None
         known = steered.base.ids[steered.scores > -np.inf]
         candidates = np.concatenate([known, steered.challengers()])
+        if not len(candidates):
+            return None
         # Half of the range is for the distance to tokens without a bias.
         if np.ptp(steered.shift[candidates]) > _BIAS / 2:
             return None
@@ -260,6 +265,8 @@ class Steering:
         while len(candidates) > 1:
             parts = np.array_split(candidates, -(-len(candidates) // limit))
             winners = await asyncio.gather(*(self._argmax(ids, steered, part) for part in parts))
+            if any(winner not in part for winner, part in zip(winners, parts)):
+                return None  # a base that is surer than the biases keep apart
             candidates = np.array(winners)
         return int(candidates[0])
 

@@ -205,6 +205,41 @@ def test_either_way_of_asking_is_exact(monkeypatch, changes):
     assert steering.usage.questions > 0
 
 
+@pytest.mark.parametrize("changes", [{"ask_ids": None}, {"max_biases": 0}])
+def test_one_of_a_few_tokens_that_the_endpoint_does_not_report(monkeypatch, changes):
+    """The paper's case, multiple choice from one token, with choices outside the top."""
+    import proxy_vllm.remote_base.endpoint as endpoint
+
+    plain = endpoint.get_dialect
+    monkeypatch.setattr(endpoint, "get_dialect", lambda name: replace(plain(name), **changes))
+    allowed = np.argsort(logprobs(PROMPT))[:4].tolist()
+    scores = logprobs(PROMPT) + shift(PROMPT)
+    best = max(allowed, key=lambda token: scores[token])
+    params = SamplingParams(temperature=0, allowed_token_ids=allowed)
+    ((choices, steering),), _ = answer(FakeBase(), params, 1, top_logprobs=5)
+    assert [(c.token, c.certified) for c in choices] == [(best, True)]
+    assert not np.isnan(choices[0].logprobs).any() and steering.usage.questions == 1
+    # Where nobody is asked again, nothing is made up.
+    (failed,), _ = answer(FakeBase(), params, 1, top_logprobs=5, mode="top-k")
+    assert isinstance(failed, BaseUnavailable)
+    assert "none of the tokens that this request allows" in str(failed)
+
+
+def test_a_base_that_is_surer_than_biases_keep_apart_wins_no_comparison(monkeypatch):
+    import proxy_vllm.remote_base.steering as steering
+
+    monkeypatch.setattr(steering, "_BIAS", 2.0)
+    unlikely = np.argsort(logprobs(PROMPT))[:60]
+    unlikely = unlikely[np.argsort(shift(PROMPT)[unlikely])]
+    near = int(np.argmin(np.diff(shift(PROMPT)[unlikely])))
+    allowed = unlikely[near : near + 2].tolist()
+    scores = logprobs(PROMPT) + shift(PROMPT)
+    params = SamplingParams(temperature=0, allowed_token_ids=allowed)
+    ((choices, asked),), _ = answer(FakeBase(), params, 1, top_logprobs=5)
+    assert [c.token for c in choices] == [max(allowed, key=lambda token: scores[token])]
+    assert asked.usage.questions == 2  # by biases, and then by ids
+
+
 def test_draws_follow_the_steered_distribution():
     from scipy.stats import chisquare
 
