@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from proxy_vllm.envs import ENDS_WITH_PARENT
 
@@ -16,9 +16,14 @@ _NAMES = ("EngineCore", "VllmWorker", "ApiServer")
 # The title that vLLM gives an engine's process; Linux shows 15 characters of it.
 _TITLE = "VLLM::EngineCor"
 _SECONDS_BETWEEN_LOOKS = 0.5
-# How long vLLM may take to end a command whose engine has ended.
+# How long vLLM may take to end a command whose engine has ended, and one that was told to end while
+# its engine was loading.
 _SECONDS_TO_END = 60.0
-_THREAD = "proxy-vllm-parent"
+_SECONDS_TO_STOP_LOADING = 5.0
+_THREAD, _ENGINES_THREAD = "proxy-vllm-parent", "proxy-vllm-engines"
+
+# When SIGTERM came while the engine was loading.
+_told_to_end: float | None = None
 
 
 def mark_children() -> None:
@@ -61,8 +66,30 @@ def end_with_engines(patience: float = _SECONDS_TO_END) -> None:
     what ``VLLM_ENGINE_READY_TIMEOUT_S`` says.
     """
     threading.Thread(
-        target=_watch_engines, args=(patience,), daemon=True, name="proxy-vllm-engines"
+        target=_watch_engines, args=(patience,), daemon=True, name=_ENGINES_THREAD
     ).start()
+
+
+def heed_sigterm() -> None:
+    """Have SIGTERM end a command of ours whose engine is still loading.
+
+    vLLM's handler for that time raises ``KeyboardInterrupt``, which its wait for the engine's first
+    messages swallows (``zmq_socket_ctx``): the command went on, and served. This is called while
+    vLLM completes the engine's configuration, after it has set its handler and before it waits. The
+    running server sets another one.
+    """
+    if not any(thread.name == _ENGINES_THREAD for thread in threading.enumerate()):
+        return  # no command that called end_with_engines
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if callable(signal.getsignal(signal.SIGTERM)):  # else the signal ends the process by itself
+        signal.signal(signal.SIGTERM, _end_loading)
+
+
+def _end_loading(number: int, frame: Any) -> None:
+    global _told_to_end
+    _told_to_end = time.monotonic()
+    raise SystemExit(128 + number)
 
 
 def _watch_engines(patience: float) -> None:
@@ -72,6 +99,9 @@ def _watch_engines(patience: float) -> None:
     ended = None
     while True:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if _told_to_end and time.monotonic() - _told_to_end > _SECONDS_TO_STOP_LOADING:
+            # vLLM would wait for the loading engine, which hears no signal.
+            _leave(this, 128 + signal.SIGTERM)
         if not engines:
             with contextlib.suppress(psutil.Error):
                 engines = {p for p in this.children() if p.name().startswith(_TITLE)}
@@ -84,10 +114,17 @@ def _watch_engines(patience: float) -> None:
         file=sys.stderr,
         flush=True,
     )
+    _leave(this, 2)
+
+
+def _leave(this: Any, status: int) -> NoReturn:
+    """End this process and all that it started, now."""
+    import psutil
+
     for process in this.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             process.kill()
-    os._exit(2)
+    os._exit(status)
 
 
 def _runs(process: Any) -> bool:

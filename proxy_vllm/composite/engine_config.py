@@ -16,6 +16,7 @@ from vllm.model_executor.models.config import (
 from vllm.transformers_utils.config import get_config
 
 from proxy_vllm.config import ARCHITECTURE, ROLES, ProxyConfig
+from proxy_vllm.lifetime import heed_sigterm
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -39,6 +40,7 @@ class CompositeConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         from proxy_vllm.composite.member_configs import member_model_configs
 
+        heed_sigterm()
         composite = vllm_config.model_config
         proxy = ProxyConfig.from_vllm_config(vllm_config)
         configs = member_model_configs(composite, proxy)

@@ -222,6 +222,15 @@ def test_middlewares_of_the_command_line_see_every_request():
     assert "app.add_middleware" in calls(init_entrypoints_middleware)
 
 
+def test_the_wait_for_an_engine_swallows_interrupts(tmp_path):
+    """Why lifetime.py has ``heed_sigterm``, which can go when this fails."""
+    import zmq
+    from vllm.utils.network_utils import zmq_socket_ctx
+
+    with zmq_socket_ctx(f"ipc://{tmp_path}/socket", zmq.PULL):
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("kind", ["Latency", "Throughput", "Serve"])
 def test_options_of_the_benchmarks(kind):
     """Options that cli/bench.py reads."""

@@ -88,3 +88,38 @@ def test_a_command_does_not_outlive_its_engine(start):
     assert said[-1] == (
         "proxy-vllm: error: the engine ended, and its last messages above name the cause"
     )
+
+
+LOADS = """
+import contextlib, signal, sys, time
+from proxy_vllm import lifetime
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
+    lifetime.end_with_engines()
+    lifetime.heed_sigterm()
+    print("waits", flush=True)
+    swallowed = {"KeyboardInterrupt": KeyboardInterrupt, "all": BaseException}[sys.argv[1]]
+    while True:
+        with contextlib.suppress(swallowed):
+            time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("swallowed", ["KeyboardInterrupt", "all"])
+def test_sigterm_ends_a_command_that_loads(tmp_path, swallowed):
+    """vLLM's wait for an engine swallows the exception of vLLM's own handler."""
+    script = tmp_path / "command.py"
+    script.write_text(LOADS)
+    command = subprocess.Popen(
+        [sys.executable, str(script), swallowed], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert command.stdout.readline() == "waits\n"
+        command.terminate()
+        assert command.wait(timeout=20) == 128 + signal.SIGTERM
+    finally:
+        command.kill()
