@@ -31,7 +31,7 @@ test: setup  ## the whole suite, on both runners
 # The runner is chosen when Triton is imported, so the suite runs in a process for each runner, and
 # one for the kernels. What does not depend on the runner runs once.
 RUNNER_FREE := bench_cli_e2e bench_multi_gpu bench_own_prompts demo_e2e generate plan_e2e ray_batch \
-  remote_base server wheel
+  remote_base server twin_server wheel
 test-v1: setup  ## end-to-end tests on vLLM's V1 runner (CPU users)
 	$(BIN)/python -m pytest tests/e2e -m "not slow"
 

@@ -271,3 +271,27 @@ def test_rows_of_a_dataset(cluster, trio, expected):
     for request_id, row in found.items():
         for name, value in expected[request_id].items():
             assert row[name] == value
+
+
+@pytest.mark.slow
+def test_chats_of_an_instruct_twin_end_by_themselves(tmp_path, cluster):
+    """Replicas show the expert: its template, its end token, its sampling defaults."""
+    from transformers import AutoTokenizer
+    from twins import ANSWER, FAMILIES, write_twins
+
+    folders = write_twins("llama-3.1", tmp_path / "twins")
+    tokenizer = AutoTokenizer.from_pretrained(folders["expert"])
+    end = tokenizer.convert_tokens_to_ids(FAMILIES["llama-3.1"].ends[0])
+    source = tmp_path / "in.jsonl"
+    message = {"role": "user", "content": "What is the capital of France?"}
+    rows = [{"id": f"row-{i}", "messages": [message], "max_tokens": 12} for i in range(12)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    target = tmp_path / "out"
+    assert job(folders, source, target).run() == 0
+    lines = [line for path in blocks(target) for line in path.read_text().splitlines()]
+    answers = [json.loads(line) for line in lines]
+    assert len(answers) == len(rows)
+    for answer in answers:
+        assert (answer["text"].strip(), answer["finish_reason"]) == (ANSWER, "stop")
+        assert answer["token_ids"][-1] == end
