@@ -192,8 +192,9 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
     name_base(args, proxy)
     engine = EngineArgs.from_cli_args(args)
     own = {field.name: getattr(proxy, field.name) for field in dataclasses.fields(proxy)}
-    for found_at_start in ("named_tokens", "unnamed_tokens", "same_weights"):
-        del own[found_at_start]
+    # What is found out at the start, and what a server's /metrics alone shows.
+    for other in ("named_tokens", "unnamed_tokens", "same_weights", "changed_tokens_every"):
+        del own[other]
     if own.pop("adapters"):
         own |= {"expert": None, "expert_args": {}}
     if (remote := own.pop("remote_base")) is not None:
