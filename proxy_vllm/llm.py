@@ -1,8 +1,9 @@
 """``ProxyLLM``: ``vllm.LLM`` over a base steered by an expert and an antiexpert."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from vllm import LLM
+from vllm import LLM, SamplingParams
 
 from proxy_vllm.adapters.check import AdapterRules
 from proxy_vllm.adapters.settings import requests_of, rules_of_engine
@@ -10,7 +11,8 @@ from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.engine_args import prepare_engine_args
 from proxy_vllm.errors import UserError
 from proxy_vllm.explain.front_end import let_explain
-from proxy_vllm.explain.request import check_engine, check_parameters
+from proxy_vllm.explain.offline import Explanation, explain, is_single
+from proxy_vllm.explain.request import DEFAULT_TOP, check_engine, check_parameters
 from proxy_vllm.own_prompts.chat_templates import resolve_template
 from proxy_vllm.own_prompts.member_prompts import INPUT_KEY, MemberPrompts, check_messages
 from proxy_vllm.own_prompts.prompts import check_tokenization, refuse_misspelled
@@ -146,6 +148,36 @@ class ProxyLLM(LLM):
         generation = self.model_config.try_get_generation_config()
         self._other_ends = set(token_ids(generation.get("eos_token_id")))
         self._other_ends.discard(self.renderer.get_eos_token_id())
+
+    def explain(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        top: int = DEFAULT_TOP,
+        use_tqdm: bool = True,
+    ) -> list[Explanation]:
+        """Answer prompts, and say for each token what steering did (docs/explain.md).
+
+        Args:
+            prompts: one or several, each as for ``generate`` (with ``own_prompts`` one for each
+                model), or the messages of a chat.
+            sampling_params: for all, or one for each; the model's defaults if not given.
+            top: how many of the likeliest tokens of the steered model and of the base to show.
+
+        Returns:
+            An explanation for each answer, in the order of the prompts.
+        """
+        if is_single(prompts):
+            prompts = [prompts]
+        params = sampling_params
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            params = [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts and {len(params)} sampling_params")
+        return explain(self, prompts, params, top=top, use_tqdm=use_tqdm)
 
     def _steer_remote_base(self) -> None:
         from proxy_vllm.remote_base.engine_core import SteeredCore

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from proxy_vllm.batch.request import CHAT_FIELDS, LineOptions, Request, id_of
 from proxy_vllm.config import ALPHA_KEY, ProxyConfig
 from proxy_vllm.errors import UserError, one_line
+from proxy_vllm.explain.request import EXPLAIN_KEY, asked_top
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -70,6 +71,8 @@ def parse_openai_line(
             if getattr(asked, name, None):
                 raise UserError(f"body.{name} is for the server: leave it out")
         alpha = proxy.alpha_of(asked.vllm_xargs)
+        if asked_top(asked.vllm_xargs) is not None:
+            raise UserError(f"{EXPLAIN_KEY} is for the server and for `proxy-vllm explain`")
         params = _params(asked, options.defaults)
     except UserError:
         raise

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.config import ALPHA_KEY, ROLES, ProxyConfig
 from proxy_vllm.errors import UserError, one_line
+from proxy_vllm.explain.request import EXPLAIN_KEY
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -354,6 +355,8 @@ def _check_messages(messages: Any) -> None:
 
 def result_json(request: Request, output: "RequestOutput", *, token_ids: bool) -> dict[str, Any]:
     """The output line of a finished request."""
+    from proxy_vllm.explain import explanations
+
     texts = []
     for completion in output.outputs:
         text: dict[str, Any] = {
@@ -364,7 +367,9 @@ def result_json(request: Request, output: "RequestOutput", *, token_ids: bool) -
             text["completion_tokens"] = len(completion.token_ids)
         if token_ids:
             text["token_ids"] = list(completion.token_ids)
-        if completion.logprobs is not None:
+        if explained := explanations(completion):
+            text[EXPLAIN_KEY] = [token.to_dict() for token in explained]
+        if completion.logprobs is not None and request.params.num_logprobs is not None:
             text["logprobs"] = [
                 {**_logprob(token, position[token]), "top": _ranked(position)}
                 for token, position in zip(completion.token_ids, completion.logprobs)

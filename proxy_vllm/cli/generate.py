@@ -100,20 +100,7 @@ def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         " are written (fail, the default), or goes to OUTPUT.errors.jsonl, and the run ends with"
         " status 1 (skip)",
     )
-    for name, (kind, text) in _SAMPLING.items():
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            help=f"of lines that name none: {text}",
-        )
-    group.add_argument(
-        "--line-defaults",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="fields of lines that name none, such as"
-        """ '{"chat_template_kwargs": {"enable_thinking": false}}'""",
-    )
+    add_line_arguments(group)
     group.add_argument(
         "--keep-fields",
         action="store_true",
@@ -126,15 +113,6 @@ def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         help="vLLM's parser of tool calls, for lines in OpenAI's batch format",
     )
     group.add_argument("--token-ids", action="store_true", help="add token_ids to the answers")
-    group.add_argument("--chat-template", metavar="FILE", help="for messages; default the expert's")
-    group.add_argument(
-        "--lora-modules",
-        action=LoRAParserAction,
-        nargs="+",
-        metavar="NAME=PATH",
-        help="LoRA adapters that lines may name in lora (with --enable-lora)",
-    )
-    group.add_argument("--no-progress", action="store_true", help="show no progress bar")
     group.add_argument(
         "--replicas",
         type=int,
@@ -153,6 +131,33 @@ def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --replicas: lines of one block, the unit of work and of one output file",
     )
+
+
+def add_line_arguments(group: Any) -> None:
+    """Options of every command that reads lines: what they leave out, chats, progress."""
+    for name, (kind, text) in _SAMPLING.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            help=f"of lines that name none: {text}",
+        )
+    group.add_argument(
+        "--line-defaults",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="fields of lines that name none, such as"
+        """ '{"chat_template_kwargs": {"enable_thinking": false}}'""",
+    )
+    group.add_argument("--chat-template", metavar="FILE", help="for messages; default the expert's")
+    group.add_argument(
+        "--lora-modules",
+        action=LoRAParserAction,
+        nargs="+",
+        metavar="NAME=PATH",
+        help="LoRA adapters that lines may name in lora (with --enable-lora)",
+    )
+    group.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
 def line_options(args: argparse.Namespace) -> LineOptions:

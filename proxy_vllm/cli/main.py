@@ -13,6 +13,7 @@ from proxy_vllm.errors import UserError, one_line
 SUBCOMMANDS = {
     "serve": "serve a proxy-tuned model over HTTP, with every option of `vllm serve`",
     "generate": "answer a JSONL file of prompts",
+    "explain": "show on a page what steering did to each token",
     "bench": "vLLM's own benchmarks, with the trio filled in",
     "plan": "tell memory, speed and slowdown of a trio before any download",
     "doctor": "check this installation on this machine",

@@ -466,6 +466,7 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.cli.bench:Serve": "add_cli_args cmd",
     "proxy_vllm.cli.demo:DemoSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.doctor:DoctorSubcommand": "cmd subparser_init",
+    "proxy_vllm.cli.explain:ExplainSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.generate:GenerateSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.serve:ProxyServeSubcommand": "cmd subparser_init validate",
     "proxy_vllm.spec_decode.speculator:ExpertSpeculator": "__init__ capture init_cudagraph_manager"

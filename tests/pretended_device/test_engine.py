@@ -77,6 +77,26 @@ class TestOneEngine:
             assert_logprobs(reference, row, outputs[row], 3)
         assert_quiet(seen)
 
+    def test_explanations(self, llm, expected, reference):
+        """Rows that ask beside rows that do not, one of them with log-probabilities."""
+        from explained import assert_explained
+
+        from proxy_vllm.explain import explanations
+
+        asked = [params(row) for row in ALL]
+        asked[1].logprobs = 2
+        for row in (0, 1, 4):
+            asked[row].extra_args |= {"proxy_explain": True, "proxy_explain_top": 2 + row}
+        prompts = [{"prompt_token_ids": PROMPTS[row]} for row in ALL]
+        with watch() as seen:
+            outputs = llm.generate(prompts, asked, use_tqdm=False)
+        assert tokens_of(outputs) == expected
+        for row in (0, 1, 4):
+            alpha = asked[row].extra_args["proxy_alpha"]
+            found = explanations(outputs[row].outputs[0])
+            assert_explained(found, reference, PROMPTS[row], expected[row], alpha, 2 + row)
+        assert_quiet(seen)
+
     def test_changed_tokens_are_counted_without_a_wait(self, engine, expected):
         llm, runner = engine[:2]
         runner.changed_tokens.every = 1

@@ -33,7 +33,7 @@ def twins(tmp_path_factory) -> Twins:
 def nothing_starts(monkeypatch):
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    from proxy_vllm.cli import bench, demo, generate
+    from proxy_vllm.cli import bench, demo, explain, generate
     from proxy_vllm.remote_base import async_llm
     from proxy_vllm.remote_base import start as remote_base
 
@@ -42,6 +42,7 @@ def nothing_starts(monkeypatch):
 
     monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(start))
     monkeypatch.setattr(generate, "start_llm", start)
+    monkeypatch.setattr(explain, "start_llm", start)
     monkeypatch.setattr(bench, "_call", start)
     monkeypatch.setattr(async_llm, "run_server", start)
     # No endpoint of an example exists; tests/remote_base asks real ones.
@@ -136,7 +137,7 @@ def check_own(options: str, folder) -> None:
         make_adapter(folder / word.rpartition("/")[2], model)
     if argv[0] == "serve" and "--dtype" not in argv:
         argv += ["--dtype", "float32"]
-    starts = argv[0] in ("serve", "generate", "bench", "demo", "plan")
+    starts = argv[0] in ("serve", "generate", "explain", "bench", "demo", "plan")
     if not starts or "--replicas" in argv or argv[:2] == ["bench", "serve"]:
         return check_parses(argv)
     if argv[0] == "plan":
