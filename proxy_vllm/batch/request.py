@@ -79,9 +79,19 @@ class LineOptions:
     def adapter_of_model(self, name: Any) -> str | None:
         """The adapter that ``model`` names, as it does on a server; None for the engine itself.
 
-        Without adapters no name is refused: files are often made for another server.
+        Without adapters no name is refused, and a foreign one is said once: files are often made
+        for another server.
         """
-        if self.adapters is None or name is None or name in self.served:
+        if name is None or name in self.served:
+            return None
+        if self.adapters is None:
+            from vllm.logger import init_logger
+
+            init_logger(f"vllm.{__name__}").warning_once(
+                "Lines name the model %s, and %s answers them (--served-model-name names it)",
+                name,
+                self.served[0] if self.served else "the engine",
+            )
             return None
         if name not in self.adapters:
             known = ", ".join((*self.served, *self.adapters))

@@ -83,7 +83,7 @@ def answers(trio, tmp_path_factory):
             + ["--enforce-eager", "--temperature", "0", "--max-tokens", "40", "--keep-fields"]
             + ["--line-defaults", '{"chat_template_kwargs": {"enable_thinking": false}}']
             + ["--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
-            + ["--on-error", "skip", "--token-ids"]
+            + ["--on-error", "skip", "--token-ids", "--served-model-name", "steered"]
         )
     cleanup_dist_env_and_memory()
     assert stop.value.code == 1
@@ -134,6 +134,7 @@ def test_openai_lines_are_answered_as_by_the_server(trio, answers):
             row = found[name]
             assert (row["error"], row["response"]["status_code"]) == (None, 200)
             bodies[name] = row["response"]["body"]
+            assert bodies[name]["model"] == "steered"  # and not "any", which the lines say
             if name != "text":
                 assert BatchRequestOutput.model_validate(row).custom_id == name
 

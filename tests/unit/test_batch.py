@@ -275,3 +275,24 @@ def test_an_openai_line():
     text = {"url": "/v1/completions", "body": {"prompt": [[5, 6]]}}
     request = parse_request(1, {**BODY, **text}, PROXY, options)
     assert (request.prompt, request.params.max_tokens, request.params.seed) == ([5, 6], 256, 9)
+
+
+def test_a_foreign_model_of_a_line_is_said_and_not_refused(monkeypatch):
+    import vllm.logger
+
+    from proxy_vllm.batch.request import LineOptions
+
+    said: list[str] = []
+
+    class Log:
+        def warning_once(self, text: str, *values: object) -> None:
+            said.append(text % values)
+
+    monkeypatch.setattr(vllm.logger, "init_logger", lambda name: Log())
+    options = LineOptions(served=("steered", "other"))
+    for name in (None, "steered", "other"):
+        assert options.adapter_of_model(name) is None
+    assert not said
+    assert options.adapter_of_model("gpt-4o") is None
+    (line,) = said
+    assert "gpt-4o" in line and "steered answers them" in line
