@@ -67,6 +67,7 @@ def _settings(request: Request) -> JSONResponse:
             "alpha": proxy.alpha,
             "alpha_range": proxy.alpha_range,
             # Colours come from the local models' log-probabilities.
-            "explain": False,
+            # A base elsewhere tells too little for colours.
+            "explain": proxy.remote_base is None,
         }
     )

@@ -68,6 +68,46 @@ def test_type_and_stream_beside_the_base(server, known: Page):
     assert known.locator("h2").all_inner_texts() == ["base, alpha 0", "proxy, alpha 0.5"]
 
 
+def test_colours_are_of_the_servers_own_numbers(server, known: Page):
+    known.fill("#prompt", PROMPT)
+    known.fill("#max-tokens", "12")
+    known.fill("#alpha", "0.5")
+    known.keyboard.press("Control+Enter")
+    xargs = {"proxy_alpha": 0.5, "proxy_explain": True}
+    extra = {"ignore_eos": False, "vllm_xargs": xargs}
+    answer = server.complete(prompt=PROMPT, max_tokens=12, extra=extra)
+    entries = answer.choices[0].model_dump()["proxy_explain"]
+    answers(known)
+    tokens = known.locator(".answer .token")
+    classes = [token.get_attribute("class").split() for token in tokens.all()]
+    assert ["changed" in names for names in classes] == [entry["changed"] for entry in entries]
+    assert {entry["changed"] for entry in entries} == {True, False}
+    for names, entry in zip(classes, entries):
+        shift = entry["steered"] - entry["base"]
+        strength = [name for name in names if name.startswith(("up", "down"))]
+        assert (
+            strength == []
+            if abs(shift) < 0.5
+            else strength[0].startswith("up" if shift > 0 else "down")
+        )
+
+    # By the mouse and by keys, the numbers of a token.
+    for move, entry in ((tokens.first.click, entries[0]), ("ArrowRight", entries[1])):
+        known.keyboard.press(move) if isinstance(move, str) else move()
+        rows = [
+            row.locator("td").all_inner_texts() for row in known.locator("#table tbody tr").all()
+        ]
+        assert [float(row[1]) for row in rows] == pytest.approx(
+            [top["steered"] for top in entry["top"]], abs=0.006
+        )
+    assert known.locator("[aria-current]").inner_text() == tokens.nth(1).inner_text()
+
+    known.get_by_label("Colour tokens").uncheck()
+    known.keyboard.press("Control+Enter")
+    answers(known)
+    assert known.locator(".answer .token").count() == 0
+
+
 def test_chat_with_a_system_message(server, known: Page):
     known.get_by_label("Chat").check()
     known.get_by_label("System message").fill("w5")

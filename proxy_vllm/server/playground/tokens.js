@@ -30,10 +30,7 @@ function table(entry) {
     return make("tr", {}, ...[JSON.stringify(row.token) + chosen, ...cells].map(
       (text) => make("td", { textContent: text })));
   });
-  const caption = entry.changed
-    ? "Log-probabilities. The base would choose another token here."
-    : "Log-probabilities. The base would choose the same token.";
-  return make("table", {}, make("caption", { textContent: caption }),
+  return make("table", {},
     make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { scope: "col", textContent: text })))),
     make("tbody", {}, ...rows));
 }
@@ -83,9 +80,11 @@ export function showTables(answers, place) {
   const show = (token) => {
     answers.querySelector("[aria-current]")?.removeAttribute("aria-current");
     token.setAttribute("aria-current", "true");
-    for (const other of token.parentElement.querySelectorAll("[tabindex='0']")) other.tabIndex = -1;
+    for (const before of token.parentElement.querySelectorAll("[tabindex='0']")) before.tabIndex = -1;
     token.tabIndex = 0;
-    place.replaceChildren(table(token.entry));
+    const other = token.entry.changed ? "another token here" : "the same token";
+    const text = `Log-probabilities. The base would choose ${other}.`;
+    place.replaceChildren(make("p", { textContent: text }), table(token.entry));
   };
   answers.addEventListener("click", (event) => {
     const token = event.target.closest(".token");
