@@ -1,7 +1,8 @@
-"""The page `/playground` (`proxy-vllm serve --playground`): static files, and two settings.
+"""The page `/playground` (`proxy-vllm serve --playground`): static files, and a few settings.
 
-The page itself is open, as `/docs` and `/metrics` are: it holds nothing of the server's but the
-default of alpha and its range. What it sends goes to the routes below `/v1`, which ask for the key.
+The page itself is open, as `/docs` and `/metrics` are: it tells the default of alpha, its range,
+and whether tokens can be explained. What it sends goes to routes below `/v1`, which ask for the
+key.
 """
 
 from pathlib import Path
@@ -15,6 +16,8 @@ from starlette.staticfiles import StaticFiles
 from vllm.logger import init_logger
 
 from proxy_vllm.config import ProxyConfig
+from proxy_vllm.errors import UserError
+from proxy_vllm.explain.request import check_engine
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -61,13 +64,13 @@ class PlaygroundMiddleware:
 
 
 def _settings(request: Request) -> JSONResponse:
-    proxy = ProxyConfig.from_vllm_config(request.scope[_OUTER].state.vllm_config)
+    vllm_config = request.scope[_OUTER].state.vllm_config
+    proxy = ProxyConfig.from_vllm_config(vllm_config)
+    try:
+        check_engine(vllm_config)
+        explains = True
+    except UserError:
+        explains = False
     return JSONResponse(
-        {
-            "alpha": proxy.alpha,
-            "alpha_range": proxy.alpha_range,
-            # Colours come from the local models' log-probabilities.
-            # A base elsewhere tells too little for colours.
-            "explain": proxy.remote_base is None,
-        }
+        {"alpha": proxy.alpha, "alpha_range": proxy.alpha_range, "explain": explains}
     )

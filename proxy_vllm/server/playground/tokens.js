@@ -35,6 +35,19 @@ function table(entry) {
     make("tbody", {}, ...rows));
 }
 
+/** The text of a chunk, cut at its tokens. Some tokenizers name a token without its space. */
+function cut(text, entries) {
+  let rest = text;
+  return entries.map(({ token }, i) => {
+    const name = token.trim();
+    const found = name ? rest.indexOf(name) : -1;
+    const end = i === entries.length - 1 ? rest.length : found < 0 ? 0 : found + name.length;
+    const part = rest.slice(0, end);
+    rest = rest.slice(end);
+    return part;
+  });
+}
+
 /** A column that grows token by token. */
 export class Column {
   constructor(title, place) {
@@ -55,11 +68,12 @@ export class Column {
       this.count += text ? 1 : 0;
       return;
     }
-    for (const entry of entries) {
-      const token = make("span", { className: mark(entry).join(" "), textContent: entry.token });
-      if (!entry.token) token.classList.add("empty");
+    const texts = cut(text, entries);
+    for (const [i, entry] of entries.entries()) {
+      const token = make("span", { className: mark(entry).join(" "), textContent: texts[i] });
+      if (!texts[i]) token.classList.add("empty");
       token.setAttribute("role", "button");
-      token.setAttribute("aria-label", `${entry.token || "no text"}${entry.changed ? ", changed" : ""}`);
+      token.setAttribute("aria-label", `${texts[i] || "no text"}${entry.changed ? ", changed" : ""}`);
       token.tabIndex = this.count ? -1 : 0;
       token.entry = entry;
       this.answer.append(token);
