@@ -1,5 +1,6 @@
 """The processes of an engine end with the command that started them, and the command with them."""
 
+import asyncio
 import contextlib
 import multiprocessing
 import os
@@ -20,8 +21,10 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 # its engine was loading.
 _SECONDS_TO_END = 60.0
 _SECONDS_TO_STOP_LOADING = 5.0
-_THREAD, _ENGINES_THREAD = "proxy-vllm-parent", "proxy-vllm-engines"
+_THREAD = "proxy-vllm-parent"
 
+# Whether this process is the command `serve`: others have handlers of their own.
+_serves = False
 # When SIGTERM came while the engine was loading.
 _told_to_end: float | None = None
 
@@ -59,28 +62,33 @@ def _watch(parent: int | None) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end_with_engines(patience: float = _SECONDS_TO_END) -> None:
+def end_with_engines(patience: float = _SECONDS_TO_END, *, serves: bool = False) -> None:
     """End this command, in one line, if it goes on for long after an engine of its own ended.
 
     An engine that ends while it starts leaves vLLM waiting for its first message: ten minutes, or
     what ``VLLM_ENGINE_READY_TIMEOUT_S`` says.
     """
+    global _serves
+    _serves = serves
     threading.Thread(
-        target=_watch_engines, args=(patience,), daemon=True, name=_ENGINES_THREAD
+        target=_watch_engines, args=(patience,), daemon=True, name="proxy-vllm-engines"
     ).start()
 
 
 def heed_sigterm() -> None:
-    """Have SIGTERM end a command of ours whose engine is still loading.
+    """Have SIGTERM end a server of ours whose engine is still loading.
 
     vLLM's handler for that time raises ``KeyboardInterrupt``, which its wait for the engine's first
     messages swallows (``zmq_socket_ctx``): the command went on, and served. This is called while
     vLLM completes the engine's configuration, after it has set its handler and before it waits. The
-    running server sets another one.
+    running server sets another one. With several servers, the process that starts them runs no
+    event loop, and has a handler that is heard and stays.
     """
-    if not any(thread.name == _ENGINES_THREAD for thread in threading.enumerate()):
-        return  # no command that called end_with_engines
-    if threading.current_thread() is not threading.main_thread():
+    if not _serves or threading.current_thread() is not threading.main_thread():
+        return
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
         return
     if callable(signal.getsignal(signal.SIGTERM)):  # else the signal ends the process by itself
         signal.signal(signal.SIGTERM, _end_loading)

@@ -25,7 +25,7 @@ class ProxyServeSubcommand(ServeSubcommand):
     def cmd(args: argparse.Namespace) -> None:
         _check_tls_files(args)
         apply_to_namespace(args, steers_remote_base=True)
-        end_with_engines()
+        end_with_engines(serves=True)
         # Requests with an alpha that cannot run are answered 400 before they reach the engine.
         add_middleware(args)
         try:

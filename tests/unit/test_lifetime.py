@@ -91,18 +91,24 @@ def test_a_command_does_not_outlive_its_engine(start):
 
 
 LOADS = """
-import contextlib, signal, sys, time
+import asyncio, contextlib, signal, sys, time
 from proxy_vllm import lifetime
 
 def interrupt(*_):
     raise KeyboardInterrupt
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
-    lifetime.end_with_engines()
+async def heed():
     lifetime.heed_sigterm()
+
+if __name__ == "__main__":
+    what = sys.argv[1]
+    signal.signal(signal.SIGTERM, interrupt)
+    lifetime.end_with_engines(serves=what != "another command")
+    lifetime.heed_sigterm() if what == "several servers" else asyncio.run(heed())
+    if what in ("another command", "several servers"):
+        sys.exit(signal.getsignal(signal.SIGTERM) is not interrupt)
     print("waits", flush=True)
-    swallowed = {"KeyboardInterrupt": KeyboardInterrupt, "all": BaseException}[sys.argv[1]]
+    swallowed = {"KeyboardInterrupt": KeyboardInterrupt, "all": BaseException}[what]
     while True:
         with contextlib.suppress(swallowed):
             time.sleep(60)
@@ -123,3 +129,11 @@ def test_sigterm_ends_a_command_that_loads(tmp_path, swallowed):
         assert command.wait(timeout=20) == 128 + signal.SIGTERM
     finally:
         command.kill()
+
+
+@pytest.mark.parametrize("what", ["another command", "several servers"])
+def test_other_handlers_stay(tmp_path, what):
+    """`generate` writes what is answered, and several servers finish what runs."""
+    script = tmp_path / "command.py"
+    script.write_text(LOADS)
+    assert subprocess.run([sys.executable, str(script), what]).returncode == 0
