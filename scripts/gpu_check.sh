@@ -43,6 +43,7 @@ step speculation_8b 590 '$python scripts/bench_speculation.py --json $out/specul
     '--trios ceiling-8b --modes compiled --batches 1 64 --systems base expert base_drafted --repeats 2' \
     "--engine-args '{\"kv_cache_memory_bytes\": 2147483648}'"
 step own_prompts_bench 480 '$python scripts/bench_own_prompts.py --json $out/own_prompts_bench.json'
+step explain_bench 480 '$python scripts/bench_explain.py --batch 1 8 64 256 --json $out/explain.json'
 
 if [ "${STEPS:-}" = list ]; then
     for each in "${steps[@]}"; do

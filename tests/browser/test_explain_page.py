@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,22 @@ def test_the_slider_recomputes_each_choice(opened_file, report, explained, alpha
     assert clear > 10 and any(other)
     page.locator("#reset").click()
     assert page.locator(".t.other[role=button]").count() == 0
+
+
+def test_nothing_is_certain_where_the_formula_is_another(opened_file, tmp_path, explained):
+    """A mask has taken the base's first choice out: the slider knows nothing of masks."""
+    masked = []
+    for token in explained[0].tokens:
+        out = next(c for c in token.top if c.token_id == token.base_choice)
+        top = tuple(replace(c, steered=None) if c is out else c for c in token.top)
+        masked.append(replace(token, top=top) if out is not token.chosen else token)
+    file = tmp_path / "masked.html"
+    answer = replace(explained[0], tokens=tuple(masked))
+    file.write_text(make_page([answer], "names", TOP).html, encoding="utf-8")
+    page = ready(opened_file(file))
+    page.locator("#alpha").fill("0")
+    assert page.locator(".t.other[role=button]").count() > 0
+    assert page.locator(".t.sure[role=button]").count() == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
