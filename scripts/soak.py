@@ -87,6 +87,9 @@ async def soak(server: Server, args: argparse.Namespace, tally: Tally) -> dict[s
             killing = None
             if kill_at and done >= kill_at[0]:
                 kill_at.pop(0)
+                assert isinstance(server, Replicas)
+                # On a busy machine the one killed before may still be starting.
+                await asyncio.to_thread(server.wait_until, lambda: len(server.engines()) == 2, 180)
                 killing = asyncio.create_task(kill_an_engine(server, kills))
             await asyncio.gather(*wave)
             if killing is not None:
