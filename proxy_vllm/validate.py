@@ -136,7 +136,7 @@ def check_caches(
     """Refuse members whose caches vLLM cannot keep side by side, or not with these options."""
     from vllm.platforms import current_platform
 
-    from proxy_vllm.composite.engine_config import no_prefix_caching
+    from proxy_vllm.composite.engine_config import NO_STATES_OF_OWN_PROMPTS, no_prefix_caching
 
     def named(role: str) -> str:
         return f"{role} {configs[role].model!r}"
@@ -158,10 +158,9 @@ def check_caches(
         if kwargs.get("enable_prefix_caching") and (reason := no_prefix_caching(config)):
             raise UserError(f"--enable-prefix-caching with the {named(role)}: {reason}")
         states = config.is_hybrid or config.is_attention_free
-        if states and proxy.takes_own_prompts:
+        if states and proxy.takes_own_prompts and kwargs.get("enable_prefix_caching"):
             raise UserError(
-                f"{named(role)} keeps states instead of keys and values: --own-prompts, and chat"
-                " templates of small members, need attention alone"
+                f"--enable-prefix-caching with the {named(role)}: {NO_STATES_OF_OWN_PROMPTS}"
             )
         if states and (proxy.speculative_tokens or kwargs.get("speculative_config")):
             raise UserError(

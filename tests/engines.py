@@ -86,8 +86,9 @@ def greedy_params(max_tokens: int = 16, **kwargs: Any) -> Any:
     alpha = kwargs.pop("proxy_alpha", None)
     if alpha is not None:
         kwargs["extra_args"] = {"proxy_alpha": alpha}
-    kwargs.setdefault("ignore_eos", True)
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **kwargs)
+    return SamplingParams(
+        max_tokens=max_tokens, **{"temperature": 0.0, "ignore_eos": True, **kwargs}
+    )
 
 
 def prompt_ids(lengths: list[int], vocab: int = 111, seed: int = 0) -> list[list[int]]:

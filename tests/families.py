@@ -81,7 +81,9 @@ def config_of(family: str, small: bool = False) -> Any:
         "gemma2": lambda: hf.Gemma2Config(
             **tied, **window, **scores, attn_logit_softcapping=None, final_logit_softcapping=30.0
         ),
-        "gemma3": lambda: hf.Gemma3TextConfig(**tied, **mixed, **scores),
+        "gemma3": lambda: hf.Gemma3TextConfig(
+            **tied, **mixed, **scores, final_logit_softcapping=30.0
+        ),
         "gemma4": lambda: hf.Gemma4TextConfig(
             **tied,
             **mixed,
@@ -132,6 +134,7 @@ def config_of(family: str, small: bool = False) -> Any:
             shared_intermediate_size=128,
             position_embedding_type="rope",
             attention_multiplier=0.176,
+            logits_scaling=0.7,
         ),
         "nemotron_h": lambda: hf.NemotronHConfig(
             **shape,
@@ -141,7 +144,9 @@ def config_of(family: str, small: bool = False) -> Any:
             ssm_state_size=16,
             n_groups=1,
         ),
-        "falcon_h1": lambda: hf.FalconH1Config(**shape, **MAMBA, mamba_d_ssm=128),
+        "falcon_h1": lambda: hf.FalconH1Config(
+            **shape, **MAMBA, mamba_d_ssm=128, lm_head_multiplier=0.7
+        ),
         "mamba2": lambda: hf.Mamba2Config(
             **every, num_heads=4, head_dim=32, state_size=16, n_groups=1, expand=2
         ),

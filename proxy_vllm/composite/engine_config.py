@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
+NO_STATES_OF_OWN_PROMPTS = (
+    "its states are kept at the scheduler's block boundaries, and models that read prompts of their"
+    " own (--own-prompts, chat templates of small members) reach those at different tokens"
+)
+
 # Fields of configurations whose models have state-space layers (Mamba, Mamba 2).
 _STATE_SPACE = ("mamba_d_state", "mamba_chunk_size", "ssm_state_size", "state_size")
 
@@ -44,7 +49,7 @@ class CompositeConfig(VerifyAndUpdateConfig):
         composite = vllm_config.model_config
         proxy = ProxyConfig.from_vllm_config(vllm_config)
         configs = member_model_configs(composite, proxy)
-        _choose_prefix_caching(vllm_config, configs)
+        _choose_prefix_caching(vllm_config, configs, proxy.takes_own_prompts)
         for role, model_config in configs.items():
             _run_hook(role, vllm_config, model_config)
         _fit_fused_all_reduce(vllm_config, configs)
@@ -94,11 +99,16 @@ def no_prefix_caching(config: "ModelConfig") -> str | None:
     return None
 
 
-def _choose_prefix_caching(vllm_config: "VllmConfig", configs: "dict[str, ModelConfig]") -> None:
+def _choose_prefix_caching(
+    vllm_config: "VllmConfig", configs: "dict[str, ModelConfig]", own_prompts: bool
+) -> None:
     if not vllm_config.cache_config.enable_prefix_caching:
         return
     for role, config in configs.items():
-        if reason := no_prefix_caching(config):
+        reason = no_prefix_caching(config)
+        if own_prompts and (config.is_hybrid or config.is_attention_free):
+            reason = NO_STATES_OF_OWN_PROMPTS
+        if reason:
             vllm_config.cache_config.enable_prefix_caching = False
             logger.info("Prefix caching is off for the %s %r: %s", role, config.model, reason)
             return

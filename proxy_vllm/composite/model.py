@@ -197,7 +197,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
                 outputs[role] = own.positions.new_zeros(shape, dtype=self.hidden_dtype)
                 continue
             # KV-cache writes take their slots from here, by layer.
-            slot_mapping.update(dict.fromkeys(own.layers, own.slots))
+            slot_mapping.update(own.slots_of_layers())
             if self.vocab_sizes[role] < self.vocab_size:
                 # As in `_known_ids`; in place, since graphs read this very buffer.
                 own.input_ids.masked_fill_(own.input_ids >= self.vocab_sizes[role], 0)

@@ -21,16 +21,15 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
-from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor, _load_ptr
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.utils import AttentionGroup
 
 from proxy_vllm.config import ROLES
-from proxy_vllm.errors import UserError
 from proxy_vllm.own_prompts.prompts import OwnPrompts
 
 # vLLM's own preparation of attention metadata, all but the batch bound:
-# (batch, block tables, slot mappings [1, N], attention groups) -> metadata of each layer.
+# (batch, block tables, slot mappings [G, N], attention groups) -> metadata of each layer.
 PrepareAttention = Callable[..., dict[str, Any]]
 
 
@@ -40,11 +39,19 @@ class MemberInputs:
 
     input_ids: torch.Tensor  # [N] int32
     positions: torch.Tensor  # [N] int64
-    slots: torch.Tensor  # [N] int64
-    layers: list[str]  # the model's attention layers
+    slots: torch.Tensor  # [G, N] int64, a row for each of vLLM's KV-cache groups
+    layers: list[list[str]]  # the model's layers of each group
     # Rows of the scheduler's batch, in the model's order; None if that is the same.
     rows: torch.Tensor | None = None  # [T_m] int64
     absent: bool = False  # no row of this step is the model's
+
+    def slots_of_layers(self) -> dict[str, torch.Tensor]:
+        """Where each layer writes its rows' keys and values, ``[N]``."""
+        return {
+            name: slots
+            for layers, slots in zip(self.layers, self.slots, strict=True)
+            for name in layers
+        }
 
 
 @dataclass
@@ -65,23 +72,27 @@ def _shift_kernel(
     input_ids_ptr,  # [N] int32
     positions_ptr,  # [N] int64
     seq_lens_ptr,  # [num_rows] int32
-    slots_ptr,  # [N] int64
-    block_table_ptr,  # [num_rows, max_num_blocks] int32
-    block_table_stride,
+    slots_ptr,  # [G, N] int64
+    slots_stride,
+    block_table_ptrs,  # [G] -> [max_num_reqs, max_num_blocks] int32, by request slot
+    block_table_strides,  # [G]
+    kv_blocks_ptr,  # [G] tokens of a block
+    has_slots_ptr,  # [G] whether layers of the group write to slots
     out_ids_ptr,  # [3, max_num_tokens]
     out_positions_ptr,  # [3, max_num_tokens]
-    out_slots_ptr,  # [3, max_num_tokens]
+    out_slots_ptr,  # [3, G, max_num_tokens]
     out_tokens_stride,
     out_seq_lens_ptr,  # [3, max_num_reqs]
     out_seq_lens_stride,
-    KV_BLOCK: tl.constexpr,
     PAD_SLOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     role = tl.program_id(0)
     row = tl.program_id(1)
+    group = tl.program_id(2)
     num_rows = tl.num_programs(1) - 1
-    out_slots_ptr += role * out_tokens_stride
+    slots_ptr += group * slots_stride
+    out_slots_ptr += (role * tl.num_programs(2) + group) * out_tokens_stride
     out_seq_lens_ptr += role * out_seq_lens_stride
     start = tl.load(query_start_loc_ptr + row)
     if row == num_rows:  # what a graph reads past the batch
@@ -95,6 +106,10 @@ def _shift_kernel(
     slot = tl.load(idx_mapping_ptr + row, mask=row < num_reqs, other=0)
     pad = tl.load(pads_ptr + role * pads_stride + slot, mask=row < num_reqs, other=0)
     tl.store(out_seq_lens_ptr + row, tl.load(seq_lens_ptr + row) - pad)
+    block_table_ptr = _load_ptr(block_table_ptrs + group, tl.int32)
+    block_table_ptr += slot * tl.load(block_table_strides + group)
+    kv_block = tl.load(kv_blocks_ptr + group)
+    has_slots = tl.load(has_slots_ptr + group)
     end = tl.load(query_start_loc_ptr + row + 1)
     for i in range(start, end, BLOCK):
         index = i + tl.arange(0, BLOCK)
@@ -102,11 +117,9 @@ def _shift_kernel(
         tokens = tl.load(input_ids_ptr + index, mask=mask)
         position = tl.load(positions_ptr + index, mask=mask, other=0) - pad
         own = tl.load(
-            block_table_ptr + row * block_table_stride + position // KV_BLOCK,
-            mask=mask & (pad > 0),
-            other=0,
+            block_table_ptr + position // kv_block, mask=mask & has_slots & (pad > 0), other=0
         )
-        own = own.to(tl.int64) * KV_BLOCK + position % KV_BLOCK
+        own = tl.where(has_slots, own.to(tl.int64) * kv_block + position % kv_block, PAD_SLOT)
         common = tl.load(slots_ptr + index, mask=mask)
         out = role * out_tokens_stride + index
         tl.store(out_ids_ptr + out, tokens, mask=mask)
@@ -130,22 +143,22 @@ class OwnPromptState:
 
         self.input_ids = buffer(max_num_tokens, torch.int32)
         self.positions = buffer(max_num_tokens, torch.int64)
-        self.slots = buffer(max_num_tokens, torch.int64, PAD_SLOT_ID)
         self.seq_lens = buffer(max_num_reqs, torch.int32)
 
     def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
-        """Learn the KV cache's layout, when vLLM has made it."""
+        """Learn the KV cache's layout, when vLLM has made it.
+
+        Of several block tables none may lose blocks by the scheduler's count, which a model can be
+        behind: local attention is kept for every token then, and a state has one block.
+        """
         groups = kv_cache_config.kv_cache_groups
-        if len(groups) != 1:
-            raise UserError(
-                f"the three models' KV caches form {len(groups)} groups with block tables of their"
-                " own: use members of one attention kind and block size"
-            )
         self.block_tables = block_tables
         self.layers = {
-            role: [name for name in groups[0].layer_names if name.startswith(f"{role}.")]
+            role: [[name for name in g.layer_names if name.startswith(f"{role}.")] for g in groups]
             for role in ROLES
         }
+        shape = (len(ROLES), len(groups), self.positions.shape[1])
+        self.slots = torch.full(shape, PAD_SLOT_ID, dtype=torch.int64, device=self.device)
 
     def add_request(self, req_index: int, req_id: str, own: OwnPrompts | None) -> None:
         self.pads.np[:, req_index] = 0 if own is None else own.pads
@@ -171,7 +184,7 @@ class OwnPromptState:
             MemberInputs(
                 self.input_ids[m, :num_tokens],
                 self.positions[m, :num_tokens],
-                self.slots[m, :num_tokens],
+                self.slots[m, :, :num_tokens],
                 self.layers[role],
             )
             for m, role in enumerate(ROLES)
@@ -181,7 +194,7 @@ class OwnPromptState:
         self,
         batch: InputBatch,
         block_tables: tuple[torch.Tensor, ...],
-        slot_mappings: torch.Tensor,  # [1, N]
+        slot_mappings: torch.Tensor,  # [G, N]
         attn_groups: list[list[AttentionGroup]],
         prepare: PrepareAttention,
         for_capture: bool,
@@ -194,7 +207,8 @@ class OwnPromptState:
         """
         own = self.any_in(batch.req_ids)
         pads = self.pads.gpu if own else self.no_pads
-        _shift_kernel[(len(ROLES), batch.num_reqs_after_padding + 1)](
+        tables = self.block_tables
+        _shift_kernel[(len(ROLES), batch.num_reqs_after_padding + 1, len(slot_mappings))](
             pads,
             pads.stride(0),
             batch.idx_mapping,
@@ -204,15 +218,17 @@ class OwnPromptState:
             batch.positions,
             batch.seq_lens,
             slot_mappings,
-            block_tables[0],
-            block_tables[0].stride(0),
+            slot_mappings.stride(0),
+            tables.block_table_ptrs,
+            tables.block_table_strides,
+            tables.block_sizes_tensor,
+            tables.slot_mapping_enabled,
             self.input_ids,
             self.positions,
             self.slots,
-            self.slots.stride(0),
+            self.slots.stride(1),
             self.seq_lens,
             self.seq_lens.stride(0),
-            KV_BLOCK=self.block_tables.block_sizes[0],
             PAD_SLOT=PAD_SLOT_ID,
             BLOCK=256,
         )
@@ -239,7 +255,7 @@ class OwnPromptState:
                 seq_lens=self.seq_lens[m, : batch.num_reqs_after_padding],
                 **fields,
             )
-            metadata |= prepare(mine, block_tables, inputs.slots[None], of_role(attn_groups, role))
+            metadata |= prepare(mine, block_tables, inputs.slots, of_role(attn_groups, role))
         return Step(batch, members), metadata
 
     def compact(
@@ -255,7 +271,7 @@ class OwnPromptState:
         for m, (role, inputs) in enumerate(zip(ROLES, members, strict=True)):
             mine, order = self._batch_of(m, role, batch, inputs)
             tables = tuple(table[order] for table in block_tables)
-            metadata |= prepare(mine, tables, inputs.slots[None], of_role(attn_groups, role))
+            metadata |= prepare(mine, tables, inputs.slots, of_role(attn_groups, role))
         return Step(batch, members), metadata
 
     def _batch_of(
@@ -273,10 +289,11 @@ class OwnPromptState:
         if inputs.absent:
             counts[0] = seq_lens[0] = 1
         order = np.flatnonzero(counts)
-        # As vLLM orders a batch: shortest queries first.
-        order = order[np.argsort(counts[order], kind="stable")]
-        seq_lens, counts = seq_lens[order], counts[order]
+        # As vLLM orders a batch: shortest queries first, and of one length those that go on, since
+        # layers with states take a lone first token for a prompt and what follows it too.
         starts = seq_lens - counts
+        order = order[np.lexsort((starts[order] == 0, counts[order]))]
+        seq_lens, counts, starts = seq_lens[order], counts[order], starts[order]
         total = int(counts.sum())
         query_start_loc: np.ndarray = np.zeros(len(order) + 1, dtype=np.int32)
         np.cumsum(counts, out=query_start_loc[1:])
@@ -307,8 +324,8 @@ class OwnPromptState:
             idx_mapping,
             query_start_loc_gpu,
             inputs.positions,
-            num_tokens_padded=len(inputs.slots),
-            out=self.slots[m : m + 1],
+            num_tokens_padded=inputs.slots.shape[1],
+            out=self.slots[m],
         )
         if inputs.absent:
             inputs.slots.fill_(PAD_SLOT_ID)

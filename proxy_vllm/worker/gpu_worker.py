@@ -52,15 +52,16 @@ class ProxyWorker(Worker):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The caches of this rank's layers, in the layout that holds more requests."""
         if self.kv_cache_specs is None:
-            reason = None
+            proxy, reason = ProxyConfig.from_vllm_config(self.vllm_config), None
             if unsupported_reason(self.vllm_config) is None:
                 reason = "models read prompts of their own"
-            asked = ProxyConfig.from_vllm_config(self.vllm_config).kv_cache_tables
+            elif proxy.expert_drafts and not self.use_v2_model_runner:
+                reason = "drafts on a CPU read one alone"
             self.kv_cache_specs = kv_layout.choose(
                 self.vllm_config,
                 super().get_kv_cache_spec,
                 self.get_supported_kv_cache_layouts(),
-                asked,
+                proxy.kv_cache_tables,
                 reason,
             )
         return dict(self.kv_cache_specs)

@@ -275,7 +275,8 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.v1.attention.backend:AttentionCGSupport": {"model_state.py": "UNIFORM_BATCH"},
     "vllm.config.compilation:CUDAGraphMode": {"model_state.py": "FULL NONE"},
     "vllm.v1.worker.gpu.block_table:BlockTables": {
-        "own_prompts/inputs.py": "block_sizes compute_slot_mappings"
+        "own_prompts/inputs.py": "block_sizes_tensor block_table_ptrs block_table_strides"
+        " compute_slot_mappings slot_mapping_enabled"
     },
     "vllm.v1.worker.utils:AttentionGroup": {"own_prompts/inputs.py": "layer_names"},
     "vllm.v1.core.sched.scheduler:Scheduler": {

@@ -134,6 +134,13 @@ def folders(tmp_path_factory) -> dict[str, str]:
         transformers.MambaConfig(vocab_size=111, hidden_size=64, num_hidden_layers=2),
         "MambaForCausalLM",
     )
+    made["convolutions"] = write_config(
+        root / "convolutions",
+        transformers.Lfm2Config(
+            **SIZES, num_key_value_heads=2, layer_types=["conv", "full_attention"]
+        ),
+        "Lfm2ForCausalLM",
+    )
     made["latent"] = write_config(
         root / "latent",
         transformers.DeepseekV3Config(**SIZES, num_key_value_heads=2, n_routed_experts=4),
@@ -221,10 +228,10 @@ CASES = {
         [],
         ["antiexpert", "latent'", "base", "multi-head latent attention", "blocks", "GPU"],
     ),
-    "states and own prompts": (
-        {"expert": "mamba"},
-        ["--own-prompts"],
-        ["expert", "mamba", "states", "--own-prompts"],
+    "prefixes of states and own prompts": (
+        {"expert": "convolutions"},
+        ["--own-prompts", "--enable-prefix-caching"],
+        ["--enable-prefix-caching", "expert", "convolutions", "states", "--own-prompts"],
     ),
     "states and drafts": (
         {"expert": "mamba"},

@@ -66,21 +66,32 @@ def expected(
     ]
 
 
-def generate(llm, prompts=PROMPTS, alphas=ALPHAS, tokens=TOKENS) -> list[list[int]]:
+def generate(llm, prompts=PROMPTS, alphas=ALPHAS, tokens=TOKENS, n=1) -> list[list[int]]:
+    """Greedy answers; of ``n`` to one prompt, which must be the same, the first."""
+    # vLLM refuses several greedy answers, and draws those of which one token is left.
+    drawn = {"n": n, "temperature": 1.0, "top_k": 1} if n > 1 else {}
     outputs = llm.generate(
-        [{"prompt_token_ids": p} for p in prompts],
-        [greedy_params(tokens, proxy_alpha=a) for a in alphas],
+        [p if isinstance(p, dict) else {"prompt_token_ids": p} for p in prompts],
+        [greedy_params(tokens, proxy_alpha=a, **drawn) for a in alphas],
         use_tqdm=False,
     )
+    for output in outputs:
+        assert len(output.outputs) == n
+        assert len({tuple(answer.token_ids) for answer in output.outputs}) == 1
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def preemptions(llm) -> float:
+    """So far, of an engine with ``disable_log_stats=False``."""
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
 def check(tmp_path, base: str, small: str, runs: int = 2, **args) -> None:
     trio = make_family_trio(tmp_path, base, small)
     want = expected(trio)
     with running(**trio, **args) as llm:
-        for _ in range(runs):  # the second finds prefixes in the cache
-            assert generate(llm) == want
+        for n in range(1, runs + 1):  # the second finds prefixes in the cache
+            assert generate(llm, n=n) == want
 
 
 @pytest.mark.parametrize("base, small", ON_V2 if RUNNER == "v2" else CORE)
@@ -142,7 +153,6 @@ def test_more_families_against_three_engines(tmp_path, base, small):
 
 
 CROSSINGS = {
-    "few blocks": {"num_gpu_blocks_override": 40, "max_model_len": 128},
     "two ranks by tensors": {"tensor_parallel_size": 2},
     "one table": {"kv_cache_tables": "one"},
     "several tables": {"kv_cache_tables": "several"},
@@ -167,14 +177,74 @@ def test_windows_over_two_ranks_by_layers(tmp_path, monkeypatch):
     check(tmp_path, "gemma3", "gemma3", pipeline_parallel_size=2)
 
 
+# Requests that outgrow their blocks while their answers are written.
+GROWING = prompt_ids([30, 35, 28, 31, 20], seed=7)
+FEW_BLOCKS = {
+    "windows in one table": ("gemma3", {"kv_cache_tables": "one", "num_gpu_blocks_override": 12}),
+    "windows in several": ("gemma3", {"kv_cache_tables": "several", "num_gpu_blocks_override": 40}),
+    "states": ("granite4", {"num_gpu_blocks_override": 20}),
+}
+
+
+def check_few_blocks(llm, prompts, want: list[list[int]], alphas=ALPHAS) -> None:
+    assert generate(llm, prompts, alphas, tokens=len(want[0])) == want
+    assert preemptions(llm) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(RUNNER == "v2", reason="minutes each in the interpreter")
+@pytest.mark.parametrize("family, args", FEW_BLOCKS.values(), ids=FEW_BLOCKS.keys())
+def test_preempted_requests_of_families(tmp_path, family, args):
+    trio = make_family_trio(tmp_path, family, family)
+    want = expected(trio, GROWING, tokens=60)
+    with running(**trio, max_model_len=128, disable_log_stats=False, **args) as llm:
+        check_few_blocks(llm, GROWING, want)
+
+
+@pytest.mark.parametrize(
+    "small",
+    [
+        "gemma3",
+        pytest.param("mistral_window", marks=pytest.mark.slow),
+    ],
+)
+def test_drafts_of_members_with_windows(tmp_path, small):
+    check(tmp_path, "gemma3", small, runs=1, speculative_tokens=2)
+
+
+OWN = [
+    ("gemma3", "gemma3", {"num_gpu_blocks_override": 12}),
+    ("granite4", "granite4", {"num_gpu_blocks_override": 20}),
+    pytest.param("llama", "granite4", {"num_gpu_blocks_override": 20}, marks=pytest.mark.slow),
+    pytest.param("granite4", "llama", {"num_gpu_blocks_override": 20}, marks=pytest.mark.slow),
+    pytest.param("gpt_oss", "gemma3", {"num_gpu_blocks_override": 12}, marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.skipif(RUNNER != "v2", reason="own prompts need Model Runner V2")
-def test_own_prompts_with_windows(tmp_path):
-    """Members with two windows, each reading a prompt of its own, and few blocks for them."""
-    trio = make_family_trio(tmp_path, "gemma3", "gemma3")
-    ids = prompt_ids([40, 70, 20, 70, 33, 50], seed=7)
-    prompts = [{"base": ids[i], "expert": ids[i + 1], "antiexpert": ids[i + 2]} for i in (0, 3)]
-    reference = Trio(*map(load, trio.values()))
-    want = [greedy(reference, prompt, TOKENS, 1.0)[0] for prompt in prompts]
-    with running(**trio, own_prompts=True) as llm:
-        outputs = llm.generate(prompts, greedy_params(TOKENS, proxy_alpha=1.0), use_tqdm=False)
-    assert [list(output.outputs[0].token_ids) for output in outputs] == want
+@pytest.mark.parametrize("base, small, args", OWN)
+def test_own_prompts_with_few_blocks(tmp_path, base, small, args):
+    """Each model reads a prompt of its own, beside a request of one prompt, and is preempted."""
+    trio = make_family_trio(tmp_path, base, small)
+    lengths = [(30, 45, 1), (35, 20, 28), (28, 2, 60), (31, 2, 33), (20, 20, 20)]
+    ids = iter(prompt_ids([n for three in lengths for n in three], seed=7))
+    prompts = [{role: next(ids) for role in ("base", "expert", "antiexpert")} for _ in lengths]
+    prompts[-1] = prompts[-1]["base"]
+    want = expected(trio, prompts, tokens=44)
+    settings = {"max_model_len": 128, "max_num_batched_tokens": 32, "disable_log_stats": False}
+    with running(**trio, own_prompts=True, **settings, **args) as llm:
+        check_few_blocks(llm, prompts, want)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(RUNNER != "v2", reason="V1 has its own above")
+@pytest.mark.parametrize(
+    "family, split",
+    [
+        *((family, "tensor_parallel_size") for family in ("gemma3", "gpt_oss", "granite4")),
+        *((family, "pipeline_parallel_size") for family in ("gemma3", "gpt_oss")),
+    ],
+)
+def test_families_over_two_ranks_on_v2(tmp_path, family, split, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    check(tmp_path, family, family, runs=1, **{split: 2})

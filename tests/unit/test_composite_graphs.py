@@ -78,7 +78,7 @@ def test_outputs_outlive_the_members_that_run_after(composite):
     with piecewise():
         assert hidden_of(composite, composite(ids, positions, alpha=torch.ones(TOKENS))) == want
     own = tuple(
-        MemberInputs(ids.clone(), positions, torch.zeros(TOKENS, dtype=torch.int64), [role])
+        MemberInputs(ids.clone(), positions, torch.zeros(1, TOKENS, dtype=torch.int64), [[role]])
         for role in ROLES
     )
     with piecewise():
