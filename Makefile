@@ -51,7 +51,9 @@ test-device: setup  ## Model Runner V2 on a pretended GPU, which tells of waits 
 
 test-slow: setup  ## what takes minutes each: benchmarks, data parallel servers, kernels for sm_90
 	$(BIN)/python -m pytest tests --ignore=tests/kernels -m slow
-	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/kernels -m slow
+	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/kernels tests/e2e/test_families.py -m slow
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/torchvision_stub $(BIN)/python -m pytest -m slow \
+	  tests/e2e/test_families.py -k wrapper
 
 compat: setup  ## WHEEL=0.33.0, a wheel or a folder: what that vLLM lacks that we use, by its source
 	$(BIN)/python tests/compat/source_check.py $(WHEEL)

@@ -297,8 +297,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         split = get_tp_group().world_size > 1 and sharded is None
         if split or not FusedHeads.supports(self.members(), dtypes):
             raise UserError(
-                "--fused-head-max-batch: a member's output head is quantised or more than one"
-                " product; leave the option out"
+                "--fused-head-max-batch: a member's output head is quantised or does more than"
+                " multiply; leave the option out"
             )
         if self.columns.some_missing or self.proxy_config.unnamed_tokens:
             logger.warning(
