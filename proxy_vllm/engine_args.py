@@ -43,7 +43,7 @@ def prepare_engine_args(
 
     Args:
         kwargs, proxy: as for ``apply_to_engine_args``.
-        base_chat_template, caps_max_tokens: as for ``proxy_vllm.surface.show_expert``.
+        base_chat_template, caps_max_tokens: as for ``proxy_vllm.surface.expert.show_expert``.
 
     Raises:
         UserError: members that do not fit together, or arguments that they cannot honour.
@@ -51,7 +51,7 @@ def prepare_engine_args(
     from proxy_vllm.checks.same_weights import with_same_weights
     from proxy_vllm.checks.token_names import with_named_tokens
     from proxy_vllm.plugin import register
-    from proxy_vllm.surface import show_expert
+    from proxy_vllm.surface.expert import show_expert
     from proxy_vllm.validate import validate_trio
 
     check_vllm_version()

@@ -18,7 +18,7 @@ from proxy_vllm.own_prompts.member_prompts import INPUT_KEY, MemberPrompts, chec
 from proxy_vllm.own_prompts.prompts import check_tokenization, refuse_misspelled
 from proxy_vllm.remote_base.settings import RemoteBase
 from proxy_vllm.spec_decode.admission import admit_every_parameter
-from proxy_vllm.surface import token_ids
+from proxy_vllm.surface.member import token_ids
 
 
 class ProxyLLM(LLM):

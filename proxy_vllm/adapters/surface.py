@@ -1,4 +1,4 @@
-"""What adapters that are named at start-up lend to what a user meets (``proxy_vllm/surface.py``).
+"""What adapters that are named at start-up lend to what a user meets (``proxy_vllm/surface/``).
 
 A server has one tokenizer and one chat template, and adapters often bring both: those of the tuned
 model. They are taken where all adapters that bring a template bring the same.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from proxy_vllm.errors import UserError, one_line
 
 if TYPE_CHECKING:
-    from proxy_vllm.surface import Member
+    from proxy_vllm.surface.member import Member
 
 _TOKENIZER = "tokenizer_config.json"
 

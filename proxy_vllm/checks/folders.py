@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +28,18 @@ def reading(role: str, name: str, read: Callable[[], T]) -> T:
         reason = one_line(error)
         if len(reason) > _MOST_IN_A_LINE:
             reason = reason[:_MOST_IN_A_LINE] + " ..."
+        if _for_want_of_torchvision(reason):
+            reason += (
+                ". Models that also see images need torchvision, which is not installed, for their"
+                " text too: install the build that belongs to this PyTorch"
+            )
         raise UserError(f"{role} {name!r} cannot be used: {reason}") from error
+
+
+def _for_want_of_torchvision(reason: str) -> bool:
+    """Whether what vLLM says may come from that; of a class it only says that it cannot load it."""
+    said = "torchvision" in reason.lower() or "failed to be inspected" in reason
+    return said and find_spec("torchvision") is None
 
 
 def is_folder_name(name: str) -> bool:

@@ -346,9 +346,9 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 # vLLM callable -> our file -> "/n" for n positional arguments (the instance counts), and keywords.
 CALLS: dict[str, dict[str, str]] = {
     "vllm.transformers_utils.config:try_get_generation_config": {
-        "surface.py": "/1 code_revision config_format hf_token revision trust_remote_code"
+        "surface/member.py": "/1 code_revision config_format hf_token revision trust_remote_code"
     },
-    "vllm.transformers_utils.repo_utils:get_hf_file_to_dict": {"surface.py": "/3"},
+    "vllm.transformers_utils.repo_utils:get_hf_file_to_dict": {"surface/member.py": "/3"},
     "vllm:LLM._beam_search_step": {
         "llm.py": "/1 base_sampling_params beam_width eos_token_id ignore_eos instances_batch"
         " sort_beams_key structured_output_backend structured_output_bitmask structured_output_key"

@@ -246,12 +246,16 @@ def test_own_prompts_with_few_blocks(tmp_path, base, small, args):
 @pytest.mark.slow
 @pytest.mark.skipif(RUNNER != "v2", reason="V1 has its own above")
 @pytest.mark.parametrize(
-    "family, split",
+    "base, small, split",
     [
-        *((family, "tensor_parallel_size") for family in ("gemma3", "gpt_oss", "granite4")),
-        *((family, "pipeline_parallel_size") for family in ("gemma3", "gpt_oss")),
+        ("gemma3", "gemma3", "tensor_parallel_size"),
+        # vLLM cannot give two ranks one KV head of gpt-oss, which the small one has.
+        ("gpt_oss", "gemma3", "tensor_parallel_size"),
+        ("granite4", "granite4", "tensor_parallel_size"),
+        ("gemma3", "gemma3", "pipeline_parallel_size"),
+        ("gpt_oss", "gpt_oss", "pipeline_parallel_size"),
     ],
 )
-def test_families_over_two_ranks_on_v2(tmp_path, family, split, monkeypatch):
+def test_families_over_two_ranks_on_v2(tmp_path, base, small, split, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    check(tmp_path, family, family, **{split: 2})
+    check(tmp_path, base, small, **{split: 2})

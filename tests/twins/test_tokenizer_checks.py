@@ -76,7 +76,7 @@ def test_a_reserved_token_given_a_use(tmp_path, told):
 
 
 def test_tokens_past_the_bases_vocabulary(tmp_path):
-    """ChatML added to Llama 2; its chats are for own prompts, and surface.py says so."""
+    """ChatML added to Llama 2; its chats are for own prompts, and surface/ says so."""
     llama = FAMILIES["llama-2"]
     tuned = surface(llama.tuned, more=("<|im_start|>", "<|im_end|>"))
     folders = write_twins(llama, tmp_path, tuned=tuned)
