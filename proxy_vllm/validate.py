@@ -154,6 +154,13 @@ def check_caches(
             " vLLM's kernels for a CPU want blocks of different sizes for them, and members share"
             " theirs; use members of one kind, or a GPU"
         )
+    mixtures = [role for role in configs if configs[role].is_moe]
+    if mixtures and "base" not in mixtures and int(kwargs.get("data_parallel_size") or 1) > 1:
+        raise UserError(
+            f"{named(mixtures[0])} is a mixture of experts and {named('base')} is not: engines of"
+            " --data-parallel-size would have to step together, which vLLM decides by the base;"
+            " start several servers instead"
+        )
     for role, config in configs.items():
         if kwargs.get("enable_prefix_caching") and (reason := no_prefix_caching(config)):
             raise UserError(f"--enable-prefix-caching with the {named(role)}: {reason}")

@@ -53,6 +53,7 @@ class CompositeConfig(VerifyAndUpdateConfig):
         for role, model_config in configs.items():
             _run_hook(role, vllm_config, model_config)
         _fit_fused_all_reduce(vllm_config, configs)
+        _count_experts(composite, configs)
         _read_positions_of_text(composite)
 
 
@@ -112,6 +113,15 @@ def _choose_prefix_caching(
             vllm_config.cache_config.enable_prefix_caching = False
             logger.info("Prefix caching is off for the %s %r: %s", role, config.model, reason)
             return
+
+
+def _count_experts(composite: "ModelConfig", configs: "dict[str, ModelConfig]") -> None:
+    """Let a dense base's engine have what a small mixture of experts needs: vLLM's group of ranks
+    for experts, which it makes where the engine's model has some.
+    """
+    if not composite.is_moe:
+        most = max(config.get_num_experts() for config in configs.values())
+        composite.model_arch_config.num_experts = most
 
 
 def _read_positions_of_text(composite: "ModelConfig") -> None:
