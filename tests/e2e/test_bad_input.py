@@ -134,6 +134,11 @@ def folders(tmp_path_factory) -> dict[str, str]:
         transformers.MambaConfig(vocab_size=111, hidden_size=64, num_hidden_layers=2),
         "MambaForCausalLM",
     )
+    made["mixture"] = write_config(
+        root / "mixture",
+        transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
+        "MixtralForCausalLM",
+    )
     made["convolutions"] = write_config(
         root / "convolutions",
         transformers.Lfm2Config(
@@ -227,6 +232,11 @@ CASES = {
         {"antiexpert": "latent"},
         [],
         ["antiexpert", "latent'", "base", "multi-head latent attention", "blocks", "GPU"],
+    ),
+    "mixture under a dense base over several engines": (
+        {"antiexpert": "mixture"},
+        ["--data-parallel-size", "2"],
+        ["antiexpert", "mixture", "base", "--data-parallel-size", "several servers"],
     ),
     "prefixes of states and own prompts": (
         {"expert": "convolutions"},
