@@ -83,7 +83,9 @@ def run_in(tree: Path, task: dict) -> dict:
         task = {**task, "tree": str(tree), "out": str(out)}
         with log.open("w") as file:
             child = subprocess.Popen(
-                [sys.executable, __file__, "--task", json.dumps(task)],
+                [sys.executable, os.path.abspath(__file__), "--task", json.dumps(task)],
+                # vLLM looks at models in a process of its own, which searches its folder first.
+                cwd=tree,
                 env={**os.environ, "PYTHONPATH": str(tree)},
                 stdout=file,
                 stderr=file,
