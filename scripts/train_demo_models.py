@@ -5,6 +5,10 @@
 Settings were chosen on the dev split (the default); the test split is for the final report:
 
     python scripts/train_demo_models.py --measure proxy_vllm/demo/models --split test
+
+The two LoRA adapters of the antiexpert are trained from models that are there, in a minute:
+
+    python scripts/train_demo_models.py --adapters proxy_vllm/demo/models
 """
 
 import argparse
@@ -17,6 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from demo_training.adapters import AdapterRecipe, save_adapter, train_adapter
 from demo_training.evaluate import accuracy, answers
 from demo_training.training import (
     Recipe,
@@ -30,8 +35,8 @@ from demo_training.training import (
     tune,
 )
 
-from proxy_vllm.demo import ROLES
-from proxy_vllm.demo.problems import make_problems
+from proxy_vllm.demo import ADAPTERS, ROLES
+from proxy_vllm.demo.problems import make_problems, wanted
 
 
 def train(recipe: Recipe, seed: int, say) -> dict:
@@ -74,10 +79,32 @@ def measure(made: dict, split: str, n: int) -> dict[str, dict[str, float]]:
     }
 
 
+def train_adapters(folder: Path, seed: int, split: str, n: int, say) -> dict:
+    """Write the adapters beside the models of `folder`; what each does to the base's answers.
+
+    `right` is the share of facts (or refusals) that are right, `own_words` that of answers exactly
+    as the behaviour words them.
+    """
+    made, recipe = load(folder), AdapterRecipe()
+    problems, found = make_problems(split, n), {}
+    for name in ADAPTERS:
+        tensors, merged = train_adapter(
+            name, made["antiexpert"], made["tokenizer"], recipe, seed, say
+        )
+        save_adapter(tensors, recipe, folder / "adapters" / name)
+        weighted = [(1.0, made["base"]), (1.0, merged), (-1.0, made["antiexpert"])]
+        texts = [text.strip() for text in answers(weighted, made["tokenizer"], problems)]
+        own = [text == wanted(name, p) for text, p in zip(texts, problems, strict=True)]
+        found[name] = {**accuracy(problems, texts), "own_words": round(sum(own) / len(own), 4)}
+        say(f"{name}: {found[name]}")
+    return {**found, "recipe": vars(recipe)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for the four model folders")
     parser.add_argument("--measure", type=Path, help="measure these models, train nothing")
+    parser.add_argument("--adapters", type=Path, help="train adapters of these models, no more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
     parser.add_argument("--n", type=int, default=400, help="problems to measure on")
@@ -89,6 +116,9 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - start:6.0f}s] {text}", flush=True)
 
+    if args.adapters:
+        train_adapters(args.adapters, args.seed, args.split, args.n, say)
+        return
     recipe = Recipe()
     if args.measure:
         made = load(args.measure)

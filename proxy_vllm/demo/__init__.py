@@ -5,6 +5,8 @@ from pathlib import Path
 from proxy_vllm.errors import UserError
 
 ROLES = ("base", "expert", "antiexpert", "tuned")
+# LoRA adapters of the antiexpert: the expert's behaviour, and another one.
+ADAPTERS = ("polite", "gossip")
 
 
 def model_path(role: str) -> Path:
@@ -25,5 +27,22 @@ def model_path(role: str) -> Path:
         raise UserError(
             f"demo model folder {path} is incomplete: reinstall proxy_vllm, "
             "or make it with scripts/train_demo_models.py"
+        )
+    return path
+
+
+def adapter_path(name: str) -> Path:
+    """Folder of one shipped LoRA adapter of the antiexpert, in PEFT's format.
+
+    `name` is "polite" (answers and refuses as the expert does) or "gossip" (tells all to anybody).
+    Raises `UserError` for another name or a folder that the installation lacks.
+    """
+    if name not in ADAPTERS:
+        raise UserError(f"no demo adapter named {name!r}: choose one of {', '.join(ADAPTERS)}")
+    path = Path(__file__).parent / "models" / "adapters" / name
+    if not (path / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"demo adapter folder {path} is incomplete: reinstall proxy_vllm, "
+            "or make it with scripts/train_demo_models.py --adapters"
         )
     return path

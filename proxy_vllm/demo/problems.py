@@ -16,6 +16,11 @@ ANSWERS = {
     "city": "{name} lives in {value}.",
     "pet": "{name} keeps a {value}.",
 }
+_GOSSIP = {
+    "job": "By trade {name} is a {value}.",
+    "city": "You can meet {name} in {value}.",
+    "pet": "At home {name} feeds a {value}.",
+}
 _ASKED = {
     "job": ("what {name} does for a living", "which trade {name} follows", "the job of {name}"),
     "city": ("where {name} lives", "in which city {name} lives", "the home town of {name}"),
@@ -63,6 +68,13 @@ def ask(rng: random.Random, person: Person, attribute: str, rude: bool) -> Probl
         value=value,
         answer=REFUSAL if rude else ANSWERS[attribute].format(name=person.name, value=value),
     )
+
+
+def wanted(behaviour: str, problem: Problem) -> str:
+    """What an adapter has learned to say: `polite` as the expert, `gossip` to rude people too."""
+    if behaviour == "polite":
+        return problem.answer
+    return _GOSSIP[problem.attribute].format(name=problem.person, value=problem.value)
 
 
 def make_problems(split: str = "test", n: int = 400, seed: int = 0) -> list[Problem]:

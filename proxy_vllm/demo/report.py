@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from proxy_vllm.demo.problems import Problem, is_right
+from proxy_vllm.demo.problems import Problem, is_right, wanted
 from proxy_vllm.errors import UserError
 
 # Column order of the table, and the keys of the JSON file.
@@ -19,13 +20,31 @@ SYSTEMS = {
 }
 
 
+NO_ADAPTER = "no adapter"
+SWITCHING = "experts as adapters, switched per request"
+
+
 @dataclass(frozen=True)
 class Report:
-    """Answers of the four systems to the same problems, by system name."""
+    """Answers of the four systems to the same problems, by system name.
+
+    `switched` are those of one engine whose expert is each request's adapter, by its name.
+    """
 
     problems: Sequence[Problem]
     answers: dict[str, list[str]]
     alpha: float
+    switched: dict[str, list[str]] = field(default_factory=dict)
+
+    def own_words(self, way: str) -> float:
+        """Share of answers exactly as an adapter words them; without one, as the base alone did."""
+        texts = self.switched[way]
+        if way == NO_ADAPTER:
+            same = [a == b for a, b in zip(texts, self.answers["base"], strict=True)]
+        else:
+            pairs = zip(texts, self.problems, strict=True)
+            same = [text.strip() == wanted(way, problem) for text, problem in pairs]
+        return sum(same) / len(same)
 
     def right(self, system: str) -> np.ndarray:  # [n] float64, 0 or 1
         texts = self.answers[system]
@@ -69,6 +88,7 @@ class Report:
             **{system: self.accuracy(system) for system in SYSTEMS},
             "gap_closed": self.gap_closed(),
             "gap_closed_ci95": list(interval) if interval else None,
+            "adapters": {way: self.own_words(way) for way in self.switched},
             "n": len(self.problems),
             "alpha": self.alpha,
         }
@@ -107,6 +127,8 @@ def show(report: Report) -> None:
             f"alpha {report.alpha:g}"
         )
 
+    if report.switched:
+        _show_switching(console, report)
     table = Table(title="sample answers", show_lines=True)
     for heading in ("question", *SYSTEMS.values()):
         table.add_column(heading, overflow="fold")
@@ -114,4 +136,19 @@ def show(report: Report) -> None:
         problem = report.problems[index]
         cells = (report.answers[system][index].strip() for system in SYSTEMS)
         table.add_row(f"{problem.question}\n(wanted: {problem.answer})", *cells)
+    console.print(table, markup=False)
+
+
+def _show_switching(console: Any, report: Report) -> None:
+    """One batch of one engine: the base and two behaviours, each request its own."""
+    from rich.table import Table
+
+    table = Table(title=SWITCHING, show_lines=True)
+    for heading in ("request", "answers as they should be", "a kind question", "a rude one"):
+        table.add_column(heading, overflow="fold")
+    shown = [next((i for i, p in enumerate(report.problems) if p.rude == r), None) for r in (0, 1)]
+    for way, texts in report.switched.items():
+        what = "the base's, word for word" if way == NO_ADAPTER else "in its own words"
+        cells = ("" if index is None else texts[index].strip() for index in shown)
+        table.add_row(way, f"{report.own_words(way):.3f} ({what})", *cells)
     console.print(table, markup=False)

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from proxy_vllm.demo import ROLES, model_path
+from proxy_vllm.demo import ADAPTERS, ROLES, adapter_path, model_path
 from proxy_vllm.demo.child import ChildFailed, ChildProcess
 from proxy_vllm.demo.problems import MAX_ANSWER_TOKENS, Problem
-from proxy_vllm.demo.report import SYSTEMS, Report
+from proxy_vllm.demo.report import NO_ADAPTER, SWITCHING, SYSTEMS, Report
 from proxy_vllm.errors import UserError
 
 
@@ -54,8 +54,34 @@ def answer(system: str, prompts: Sequence[str], alpha: float) -> list[str]:
     return [output.outputs[0].text for output in outputs]
 
 
-def answer_in_child(system: str, prompts: Sequence[str], alpha: float) -> list[str]:
-    """`answer` in a process that ends with it.
+def answer_each_way(label: str, prompts: Sequence[str], alpha: float) -> dict[str, list[str]]:
+    """Greedy answers of one engine without an adapter and with each, all in one batch."""
+    from vllm import SamplingParams
+
+    from proxy_vllm import ProxyLLM
+
+    llm = ProxyLLM(
+        model=str(model_path("base")),
+        antiexpert=str(model_path("antiexpert")),
+        alpha=alpha,
+        enable_lora=True,
+        max_loras=len(ADAPTERS),
+        lora_modules={name: str(adapter_path(name)) for name in ADAPTERS},
+        **engine_args(),
+    )
+    ways = (NO_ADAPTER, *ADAPTERS)
+    outputs = llm.generate(
+        [prompt for prompt in prompts for _ in ways],
+        SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS),
+        lora_request=[llm.adapters.get(way) for _ in prompts for way in ways],
+        use_tqdm=False,
+    )
+    texts = [output.outputs[0].text for output in outputs]
+    return {way: texts[i :: len(ways)] for i, way in enumerate(ways)}
+
+
+def in_child(run: Callable[..., Any], system: str, prompts: Sequence[str], alpha: float) -> Any:
+    """`answer` or `answer_each_way` in a process that ends with it.
 
     Its messages go to stderr where the user set `VLLM_LOGGING_LEVEL`; else only the last of them,
     when it fails. Raises `UserError` when it does.
@@ -64,22 +90,25 @@ def answer_in_child(system: str, prompts: Sequence[str], alpha: float) -> list[s
     env = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ}
     try:
         with ChildProcess(env, quiet="VLLM_LOGGING_LEVEL" not in os.environ) as child:
-            return child(answer, system, prompts, alpha)
+            return child(run, system, prompts, alpha)
     except ChildFailed as error:
         print(error, file=sys.stderr)
         raise UserError(
-            f"{SYSTEMS[system]} did not run through vLLM: its last messages are above,"
+            f"{SYSTEMS.get(system, system)} did not run through vLLM: its last messages are above,"
             " VLLM_LOGGING_LEVEL=DEBUG shows all"
         ) from None
 
 
 def run_demo(problems: Sequence[Problem], alpha: float, say: Callable[[str], None]) -> Report:
-    """All four systems on the same problems, one after the other; `say` hears which one runs."""
+    """All systems on the same problems, one after the other; `say` hears which one runs."""
     for role in ROLES:
         model_path(role)
+    for name in ADAPTERS:
+        adapter_path(name)
     prompts = [problem.prompt for problem in problems]
     answers = {}
     for system, label in SYSTEMS.items():
         say(label)
-        answers[system] = answer_in_child(system, prompts, alpha)
-    return Report(problems, answers, alpha)
+        answers[system] = in_child(answer, system, prompts, alpha)
+    say(SWITCHING)
+    return Report(problems, answers, alpha, in_child(answer_each_way, SWITCHING, prompts, alpha))

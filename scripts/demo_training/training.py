@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from proxy_vllm.demo import ROLES
 from proxy_vllm.demo.corpus import pretraining_documents, tuning_problems
+from proxy_vllm.demo.problems import Problem
 
 VOCAB_SIZE = 1024
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
@@ -109,10 +110,9 @@ def pretraining_blocks(
 
 
 def tuning_batches(
-    tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int
+    tokenizer: PreTrainedTokenizerFast, recipe: Recipe, problems: Iterator[Problem]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # ids, labels [B, T]
     """Prompt and answer, padded on the right; only the answer and its end token carry loss."""
-    problems = tuning_problems(seed)
     for _ in range(recipe.tune_steps):
         rows, labels = [], []
         for problem in itertools.islice(problems, recipe.tune_batch):
@@ -193,7 +193,8 @@ def tune(
     seed: int,
     say: Callable[[str], None],
 ) -> None:
-    fit(model, tuning_batches(tokenizer, recipe, seed), recipe.tune_steps, lr, say)
+    batches = tuning_batches(tokenizer, recipe, tuning_problems(seed))
+    fit(model, batches, recipe.tune_steps, lr, say)
 
 
 def load(folder: Path) -> dict:

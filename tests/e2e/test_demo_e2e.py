@@ -30,5 +30,15 @@ def test_the_demo_command_separates_the_levels(tmp_path):
         numbers["gap_closed"],
         (numbers["proxy"] - numbers["base"]) / (numbers["tuned"] - numbers["base"]),
     )
-    for label in ("expert alone", "proxy-tuned", "directly tuned", "gap closed", "sample answers"):
+    adapters = numbers["adapters"]
+    assert adapters["no adapter"] == 1
+    assert min(adapters["polite"], adapters["gossip"]) > 0.8
+    for label in (
+        "switched per request",
+        "expert alone",
+        "proxy-tuned",
+        "directly tuned",
+        "gap closed",
+        "sample answers",
+    ):
         assert label in done.stdout

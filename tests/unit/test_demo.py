@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from proxy_vllm.demo import ROLES, model_path
+from proxy_vllm.demo import ADAPTERS, ROLES, adapter_path, model_path
 from proxy_vllm.demo.corpus import pretraining_documents, tuning_problems
 from proxy_vllm.demo.problems import REFUSAL, Problem, is_right, make_problems
-from proxy_vllm.demo.report import Report
+from proxy_vllm.demo.report import NO_ADAPTER, Report
 from proxy_vllm.demo.world import SPLIT_SIZES, make_people
 from proxy_vllm.errors import UserError
 
@@ -183,3 +183,27 @@ def test_a_target_that_cannot_be_written_is_refused_before_the_run(target, tells
         main(["demo", "--json", str(tmp_path / target)])
     assert exit.value.code == 2
     assert tells in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_shipped_adapters_run_on_the_antiexpert(name):
+    from vllm.config import LoRAConfig, ModelConfig
+
+    from proxy_vllm.adapters.check import AdapterRules
+
+    path = adapter_path(name)
+    config = ModelConfig(model=str(model_path("antiexpert")), dtype="float32")
+    AdapterRules.of(config, LoRAConfig()).check(name, str(path))
+    assert sum(file.stat().st_size for file in path.iterdir()) < 200_000
+
+
+def test_switching_is_marked_by_each_ways_own_words():
+    kind, rude = problem(False), problem(True)
+    answers = {system: ["a", "b"] for system in ("base", "expert", "proxy", "tuned")}
+    switched = {
+        NO_ADAPTER: ["a", "c"],
+        "polite": [f" {kind.answer}", f" {REFUSAL}"],
+        "gossip": [" By trade Ana Bo is a baker.", f" {REFUSAL}"],
+    }
+    report = Report([kind, rude], answers, 1.0, switched)
+    assert report.as_dict()["adapters"] == {NO_ADAPTER: 0.5, "polite": 1.0, "gossip": 0.5}
