@@ -35,6 +35,8 @@ step kernel_bench 480 '$python scripts/bench_kernels.py --out $out/kernels.json'
 step step_bench 480 '$python scripts/bench_step.py --json $out/step.json'
 step step_sampler 480 '$python scripts/bench_step.py --repeats 3 --systems proxy sampler_graphs' \
     '--json $out/step_sampler_graphs.json'
+step step_adapters 480 '$python scripts/bench_step.py --repeats 3 --systems proxy adapters --batch 1 8 64' \
+    '--json $out/step_adapters.json'
 step step_fused_head 480 '$python scripts/bench_step.py --repeats 3 --systems proxy fused_head' \
     '--json $out/step_fused_head.json'
 step draft_tests 590 pytest_json draft_tests tests/e2e/test_speculation.py -m "'not slow'"
