@@ -111,12 +111,16 @@ def _proxy_add_adapters(
     few = len(found.rows) <= _FEW_ROWS
     parts = [(found.slots, found.rows)] if few else found.groups
     for slot, rows in parts:
-        own, start = x[rows].float(), 0
+        whole = len(rows) == len(y)
+        own, start = (x if whole else x[rows]).float(), 0
         for i, (b, width) in enumerate(zip(lora_b, slices)):
             inner = _product(own, lora_a[i], slot) if lora_a else own
             change = _product(inner, b, slot)
             part = y[:, start : start + change.shape[1]]
-            part.index_copy_(0, rows, (part[rows].float() + change).to(y.dtype))
+            if whole:
+                part += change
+            else:
+                part.index_copy_(0, rows, (part[rows].float() + change).to(y.dtype))
             start += width
 
 

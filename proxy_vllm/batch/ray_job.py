@@ -343,7 +343,10 @@ def _environment() -> dict[str, str]:
 
 def _proxy_config(arguments: dict[str, Any]) -> ProxyConfig:
     own = {f.name for f in dataclasses.fields(ProxyConfig)}
-    return ProxyConfig(**{name: value for name, value in arguments.items() if name in own})
+    given = {name: value for name, value in arguments.items() if name in own}
+    if not given.get("expert"):
+        given |= {"expert": "", "adapters": bool(arguments.get("enable_lora"))}
+    return ProxyConfig(**given)
 
 
 def _validate_trio(arguments: dict[str, Any]) -> None:

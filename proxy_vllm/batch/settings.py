@@ -15,15 +15,15 @@ from proxy_vllm.errors import UserError
 # Arguments that say where, how fast and in how much memory the models run, what is logged, and
 # what a line may ask for. They move an answer by rounding at most; every other argument counts.
 _HARMLESS = {
-    "aggregate_engine_logging", "allow_tokenizer_mismatch", "alpha_range", "async_scheduling",
-    "block_size", "cpu_offload_gb", "device_ids", "disable_custom_all_reduce", "disable_log_stats",
-    "distributed_executor_backend", "download_dir", "enable_chunked_prefill",
+    "adapters", "aggregate_engine_logging", "allow_tokenizer_mismatch", "alpha_range",
+    "async_scheduling", "block_size", "cpu_offload_gb", "device_ids", "disable_custom_all_reduce",
+    "disable_log_stats", "distributed_executor_backend", "download_dir", "enable_chunked_prefill",
     "enable_prefix_caching", "enforce_eager", "fused_head_max_batch", "gpu_memory_utilization",
     "hf_token", "kv_cache_memory_bytes", "log_config_file", "log_level", "logging_config",
-    "master_addr", "master_port", "max_logprobs", "max_num_batched_tokens", "max_num_seqs",
-    "max_parallel_loading_workers", "num_gpu_blocks_override", "own_prompts",
-    "pipeline_parallel_size", "sampler_cuda_graphs", "served_model_name", "tensor_parallel_size",
-    "trust_remote_code", "use_tqdm_on_load",
+    "master_addr", "master_port", "max_cpu_loras", "max_logprobs", "max_loras",
+    "max_num_batched_tokens", "max_num_seqs", "max_parallel_loading_workers",
+    "num_gpu_blocks_override", "own_prompts", "pipeline_parallel_size", "sampler_cuda_graphs",
+    "served", "served_model_name", "tensor_parallel_size", "trust_remote_code", "use_tqdm_on_load",
 }  # fmt: skip
 
 

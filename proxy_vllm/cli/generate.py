@@ -182,8 +182,14 @@ def line_options(args: argparse.Namespace) -> LineOptions:
     sampling = {"max_tokens": _MAX_TOKENS, **sampling}
     sampling = {name: check_field(name, value) for name, value in sampling.items()}
     sampling_params(sampling)
+    served = args.served_model_name or args.model_tag or args.model
     return LineOptions(
-        {**sampling, **chat}, args.token_ids, args.keep_fields, args.tool_call_parser
+        {**sampling, **chat},
+        args.token_ids,
+        args.keep_fields,
+        args.tool_call_parser,
+        adapters=tuple(named_adapters(vars(args))) if args.enable_lora else None,
+        served=tuple(served) if isinstance(served, list) else (served,),
     )
 
 

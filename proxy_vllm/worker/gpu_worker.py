@@ -49,6 +49,11 @@ class ProxyWorker(Worker):
         shared = [f"{r} those of the {s}" for r, s in model.proxy_config.same_weights.items()]
         logger.info("Weights on rank %d: %s", self.rank, ", ".join(held + shared))
 
+    def reload_weights(self, *args, **kwargs) -> None:
+        if self.vllm_config.lora_config is not None:
+            raise UserError("weights are not loaded again beside adapters: start another engine")
+        super().reload_weights(*args, **kwargs)
+
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The caches of this rank's layers, in the layout that holds more requests."""
         if self.kv_cache_specs is None:

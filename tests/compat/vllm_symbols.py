@@ -509,7 +509,8 @@ OVERRIDES: dict[str, str] = {
     " request_output_to_completion_response",
     "proxy_vllm.remote_base.answers:ReportingChats": "__init__ chat_completion_stream_generator",
     "proxy_vllm.worker.gpu_worker:ProxyWorker": "_make_model_runner compile_or_warm_up_model"
-    " execute_model get_kv_cache_spec init_device initialize_from_config load_model",
+    " execute_model get_kv_cache_spec init_device initialize_from_config load_model"
+    " reload_weights",
 }
 
 # vLLM function -> calls in its body that reach our overrides, and keywords that they must pass.

@@ -9,8 +9,9 @@ from proxy_vllm.adapters.cpu_products import ProductsByAdapter
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("least", [0, 1])  # the second: every row has an adapter
 @pytest.mark.parametrize("tokens", [1, 9, 200])
-def test_each_row_gets_its_own_adapters_product(tokens, dtype, tolerance):
+def test_each_row_gets_its_own_adapters_product(tokens, least, dtype, tolerance):
     generator = torch.Generator().manual_seed(tokens)
 
     def drawn(*shape: int) -> torch.Tensor:
@@ -19,7 +20,7 @@ def test_each_row_gets_its_own_adapters_product(tokens, dtype, tolerance):
     device, config = torch.device("cpu"), LoRAConfig(max_loras=2, max_lora_rank=8)
     products = ProductsByAdapter(256, max_batches=256, device=device, lora_config=config)
     # Every slot is taken, the last one too, which a row of index -1 would find.
-    ids = tuple(torch.randint(0, 3, (tokens,), generator=generator).tolist())
+    ids = tuple(torch.randint(least, 3, (tokens,), generator=generator).tolist())
     slots = [2, 1]
     products.update_metadata(LoRAMapping(ids, ids, is_prefill=True), slots, 3, 100)
     widths = (6, 4, 4)
