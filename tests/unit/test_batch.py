@@ -296,3 +296,21 @@ def test_a_foreign_model_of_a_line_is_said_and_not_refused(monkeypatch):
     assert options.adapter_of_model("gpt-4o") is None
     (line,) = said
     assert "gpt-4o" in line and "steered answers them" in line
+
+
+def test_lines_name_adapters():
+    options = LineOptions(adapters=("safety",), served=("steered",))
+    assert parse_request(1, {"prompt": "w5", "lora": "safety"}, PROXY, options).lora == "safety"
+    assert parse_request(1, {"prompt": "w5"}, PROXY, options).lora is None
+    with pytest.raises(UserError, match="lora is 'rude': --lora-modules names safety"):
+        parse_request(1, {"prompt": "w5", "lora": "rude"}, PROXY, options)
+    with pytest.raises(UserError, match="no adapters"):
+        parse_request(1, {"prompt": "w5", "lora": "safety"}, PROXY)
+    line = {"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "w5", "model": "safety"}}
+    assert parse_request(1, line, PROXY, options).lora == "safety"
+    for model, adapters in (("steered", ("safety",)), ("gpt-4", None)):
+        line["body"]["model"] = model
+        known = LineOptions(adapters=adapters, served=("steered",))
+        assert parse_request(1, line, PROXY, known).lora is None
+    with pytest.raises(UserError, match=r"body\.model is 'gpt-4', which does not exist"):
+        parse_request(1, line, PROXY, options)
