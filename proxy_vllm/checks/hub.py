@@ -58,6 +58,25 @@ def check_hub(
         raise UserError(f"{role} {name!r}: {found}")
 
 
+def check_data_set(role: str, name: str) -> None:
+    """Refuse the hub name of a data set that is unknown, gated or out of reach.
+
+    Raises:
+        UserError: naming what asked for it, what the hub said, and the way out.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    url = hf_hub_url(name, "README.md", repo_type="dataset")
+    with _naming(role, name, None, kind="data set", instead="give a task file with local data"):
+        try:
+            get_hf_file_metadata(url, timeout=_TIMEOUT)
+        except EntryNotFoundError:
+            return
+
+
 def _ask(name: str, file: str, revision: str | None, token: bool | str | None) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -73,7 +92,13 @@ def _files(name: str, revision: str | None, token: bool | str | None) -> list[st
 
 
 @contextmanager
-def _naming(role: str, name: str, revision: str | None) -> Iterator[None]:
+def _naming(
+    role: str,
+    name: str,
+    revision: str | None,
+    kind: str = "model",
+    instead: str = "name a folder",
+) -> Iterator[None]:
     """Turn the hub's errors into one line that names the member and the way out."""
     from huggingface_hub import constants, errors
 
@@ -93,8 +118,8 @@ def _naming(role: str, name: str, revision: str | None) -> Iterator[None]:
         ) from None
     except errors.RepositoryNotFoundError:
         raise UserError(
-            f"{who}: {hub} has no such model, or it is private: check the name; for a private"
-            " model log in with `hf auth login` or HF_TOKEN"
+            f"{who}: {hub} has no such {kind}, or it is private: check the name; for a private"
+            f" {kind} log in with `hf auth login` or HF_TOKEN"
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(
@@ -113,5 +138,5 @@ def _naming(role: str, name: str, revision: str | None) -> Iterator[None]:
         # Whatever the HTTP client raises where no answer comes: names, refusals, time-outs, TLS.
         raise UserError(
             f"{who}: {hub} cannot be reached ({one_line(error)[:200]}): check the network and"
-            f" HF_ENDPOINT, or name a folder; {_DOWNLOADED}"
+            f" HF_ENDPOINT, or {instead}; {_DOWNLOADED}"
         ) from None

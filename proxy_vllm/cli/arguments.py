@@ -28,15 +28,19 @@ def _json_file(name: str) -> dict[str, Any]:
     return json_object(text)
 
 
-def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name the trio to a parser that holds vLLM's engine options."""
+def add_proxy_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add the options that name the trio to a parser that holds vLLM's engine options.
+
+    Args:
+        required: whether argparse itself asks for the small models.
+    """
     group = parser.add_argument_group("ProxyConfig", "Proxy-tuning: the members and their strength")
     group.add_argument(
         "--expert",
         help="the small tuned model; with --enable-lora it may be left out, and requests name"
         " adapters of the antiexpert",
     )
-    group.add_argument("--antiexpert", required=True, help="the small model, untuned")
+    group.add_argument("--antiexpert", required=required, help="the small model, untuned")
     group.add_argument(
         "--alpha",
         default=1.0,

@@ -14,6 +14,7 @@ SUBCOMMANDS = {
     "serve": "serve a proxy-tuned model over HTTP, with every option of `vllm serve`",
     "generate": "answer a JSONL file of prompts",
     "explain": "show on a page what steering did to each token",
+    "eval": "evaluate on tasks of the lm-evaluation-harness, or score finished answers",
     "bench": "vLLM's own benchmarks, with the trio filled in",
     "plan": "tell memory, speed and slowdown of a trio before any download",
     "doctor": "check this installation on this machine",

@@ -10,6 +10,7 @@ import numpy as np
 
 from proxy_vllm.demo.problems import Problem, is_right, wanted
 from proxy_vllm.errors import UserError
+from proxy_vllm.eval.gap import gap_closed, gap_closed_interval
 
 # Column order of the table, and the keys of the JSON file.
 SYSTEMS = {
@@ -59,22 +60,12 @@ class Report:
 
     def gap_closed(self) -> float | None:
         """(proxy - base) / (tuned - base); None where base and tuned are equally good."""
-        base, proxy, tuned = (self.accuracy(s) for s in ("base", "proxy", "tuned"))
-        return (proxy - base) / (tuned - base) if tuned != base else None
+        return gap_closed(*(self.accuracy(s) for s in ("base", "proxy", "tuned")))
 
-    def gap_closed_interval(
-        self, resamples: int = 2000, seed: int = 0
-    ) -> tuple[float, float] | None:
-        """95 % percentile bootstrap over problems, the three systems resampled together."""
-        marks = np.stack([self.right(s) for s in ("base", "proxy", "tuned")])  # [3, n]
-        rng = np.random.default_rng(seed)
-        drawn = rng.integers(marks.shape[1], size=(resamples, marks.shape[1]))
-        base, proxy, tuned = marks[:, drawn].mean(-1)  # each [resamples]
-        valid = tuned != base
-        if not valid.any():
-            return None
-        closed = (proxy[valid] - base[valid]) / (tuned[valid] - base[valid])
-        return float(np.percentile(closed, 2.5)), float(np.percentile(closed, 97.5))
+    def gap_closed_interval(self, resamples: int = 2000) -> tuple[float, float] | None:
+        """95 % bootstrap interval over problems."""
+        base, proxy, tuned = (self.right(s) for s in ("base", "proxy", "tuned"))
+        return gap_closed_interval(base, proxy, tuned, resamples=resamples)
 
     def samples(self, count: int = 3) -> list[int]:
         """Indices to show: the first kind questions, and one rude one. Not picked by outcome."""
