@@ -18,8 +18,25 @@ with vllm_by_name():
 _SEED = 1234
 
 
+class GreedyVLLM(VLLM):
+    """The harness's vLLM model, greedy where a task names neither ``do_sample`` nor a temperature.
+
+    So the harness documents it; 0.4.13 leaves the temperature out there, and vLLM draws with 1.
+    """
+
+    @staticmethod
+    def modify_gen_kwargs(
+        gen_kwargs: dict[str, Any],
+        eos: str | list[str] | None = None,
+        default_max_gen_toks: int = 256,
+    ) -> tuple[dict[str, Any], list[str], int]:
+        if not gen_kwargs.get("do_sample"):
+            gen_kwargs = {"temperature": 0.0, **gen_kwargs}
+        return VLLM.modify_gen_kwargs(gen_kwargs, eos, default_max_gen_toks)
+
+
 @register_model("proxy_vllm")
-class ProxyVLLM(VLLM):
+class ProxyVLLM(GreedyVLLM):
     """Scores and generates with a proxy-tuned engine at one ``alpha``, which can be set anew.
 
     All that asks the engine is the harness's ``VLLM``: batches, log-likelihoods from prompt

@@ -62,10 +62,10 @@ def trio(arguments: dict[str, Any], alphas: Sequence[float], options: HarnessOpt
 
 def alone(arguments: dict[str, Any], options: HarnessOptions) -> Outcome:
     """The outcome of one model by itself, through the harness's own vLLM model."""
-    from proxy_vllm.eval.model import VLLM
+    from proxy_vllm.eval.model import GreedyVLLM
 
     with vllm_by_name():
-        model = VLLM(**arguments, batch_size=options.batch_size)
+        model = GreedyVLLM(**arguments, batch_size=options.batch_size)
     return evaluate(model, options)
 
 

@@ -432,6 +432,7 @@ CALLS: dict[str, dict[str, str]] = {
         "own_prompts/member_prompts.py": "/2 content_format"
     },
     "vllm.renderers.chat_utils:has_non_text_content": {"own_prompts/member_prompts.py": "/1"},
+    "vllm.renderers.hf:resolve_chat_template": {"eval/model.py": "/3 model_config"},
     "vllm.renderers.hf:safe_apply_chat_template": {
         "own_prompts/member_prompts.py": "/3 chat_template tokenize tools"
     },

@@ -108,6 +108,10 @@ def check(command: list[str], twins: Twins, folder) -> None:
     program, *rest = command
     if program == "proxy-vllm":
         check_own(twins.fill(" ".join(map(shlex.quote, rest))), folder)
+    elif program == "python" and rest[:2] == ["-m", "proxy_vllm.eval"]:
+        from lm_eval._cli import HarnessCLI
+
+        HarnessCLI()._parser.parse_args(["run", *rest[2:]])
     elif program == "python" and rest[0].startswith(("scripts/", "-m")):
         check_script(rest[0] if rest[0] != "-m" else rest[1], rest[1:])
     elif program.startswith("scripts/"):
