@@ -19,6 +19,7 @@ _REFUSED = {
     "own_prompts": "the harness makes one prompt for all members",
     "expert_chat_template": "the harness makes one prompt for all members",
     "antiexpert_chat_template": "the harness makes one prompt for all members",
+    "enable_lora": "no request of the harness names an adapter",
     "base_url": "the base has to be in the engine: tasks ask for its prompt log-probabilities",
 }
 
