@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from proxy_vllm.demo import model_path
+from proxy_vllm.demo.world import VALUES
 from proxy_vllm.errors import UserError
 from proxy_vllm.eval.harness import Marks, Outcome
 from proxy_vllm.eval.report import Report, show, write
@@ -63,7 +64,6 @@ def test_the_classifier_is_the_users_and_has_two_labels(tmp_path, labels):
     from proxy_vllm.eval.toxicity import classify
 
     tokenizer = AutoTokenizer.from_pretrained(model_path("base"))
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -72,11 +72,13 @@ def test_the_classifier_is_the_users_and_has_two_labels(tmp_path, labels):
         num_attention_heads=1,
         num_labels=labels,
         pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.5,
     )
+    texts = [f"{person} has a {pet}" for person in ("Ada", "Bob Tarov") for pet in VALUES["pet"]]
+    torch.manual_seed(0)
     model = LlamaForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    texts = [f"Person {n} keeps a {pet}." for n in range(20) for pet in ("cat", "long green newt")]
     if labels == 3:
         with pytest.raises(UserError, match="3 labels"):
             classify(texts, str(tmp_path))
