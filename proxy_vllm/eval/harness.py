@@ -42,6 +42,7 @@ class Marks:
     # By document, as far as the marks are numbers; the value is their mean only where `is_mean`.
     each: list[float] = field(default_factory=list)
     is_mean: bool = False
+    n: int = 0  # documents
 
 
 @dataclass
@@ -180,6 +181,7 @@ def _marks(task: str, found: Any) -> dict[str, Marks]:
             higher_is_better=found["higher_is_better"][task].get(metric) is not False,
             each=numbers,
             is_mean=len(numbers) == len(lines) and math.isclose(mean, values[key], abs_tol=1e-9),
+            n=len(lines),
         )
     return out
 

@@ -64,7 +64,7 @@ class Report:
             value, interval = self.gap(task, metric)
             found = {row: self.row_marks(row, task, metric) for row in self.names}
             tasks.setdefault(task, {})[metric] = {
-                "n": max((len(m.each) for m in found.values() if m is not None), default=0),
+                "n": max((m.n for m in found.values() if m is not None), default=0),
                 "higher_is_better": all(m.higher_is_better for m in found.values() if m),
                 "rows": {row: _numbers(mark) for row, mark in found.items()},
                 "gap_closed": value,
@@ -96,7 +96,7 @@ def show(report: Report) -> None:
         marks = {row: report.row_marks(row, task, metric) for row in report.names}
         first = next(mark for mark in marks.values() if mark is not None)
         arrow = "higher is better" if first.higher_is_better else "lower is better"
-        name = (task, f"{metric}\n({arrow})", str(len(first.each)))
+        name = (task, f"{metric}\n({arrow})", str(first.n))
         lines = {LABELS.get(row, row): _cell(mark) for row, mark in marks.items()}
         if (gap := _gap_cell(report, task, metric)) != "-":
             lines["gap closed"] = gap

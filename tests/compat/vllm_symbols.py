@@ -468,6 +468,7 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.cli.bench:Serve": "add_cli_args cmd",
     "proxy_vllm.cli.demo:DemoSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.doctor:DoctorSubcommand": "cmd subparser_init",
+    "proxy_vllm.cli.eval:EvalSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.explain:ExplainSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.generate:GenerateSubcommand": "cmd subparser_init",
     "proxy_vllm.cli.serve:ProxyServeSubcommand": "cmd subparser_init validate",

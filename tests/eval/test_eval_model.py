@@ -122,7 +122,11 @@ def test_choices_by_likelihood_and_perplexity(model):
     choice, text = found[1.0].marks["people_choice"]["acc"], found[1.0].marks["people_text"]
     assert choice.is_mean and len(choice.each) == 6
     # No mean of marks: a value, and no interval from marks.
-    assert not text["word_perplexity"].is_mean and not text["word_perplexity"].higher_is_better
+    assert (
+        text["word_perplexity"].n == 6
+        and not text["word_perplexity"].is_mean
+        and not text["word_perplexity"].higher_is_better
+    )
     worse = found[0.0].marks["people_text"]["word_perplexity"]
     assert text["word_perplexity"].value != worse.value
     assert set(found[1.0].answers["people_choice"][0]) == {

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def outcome(*each, mean=True):
     value = sum(each) / len(each)
-    marks = {"right": Marks(value, 0.1, True, list(each), mean)}
+    marks = {"right": Marks(value, 0.1, True, list(each), mean, len(each))}
     lines = [{"doc_id": n, "prompt": "Q", "text": str(mark)} for n, mark in enumerate(each)]
     return Outcome({"task": marks}, {"task": lines}, {})
 
@@ -40,6 +40,7 @@ def test_a_report_is_written_with_a_plot_and_answers(tmp_path, capsys):
     numbers = json.loads((tmp_path / "new" / "out" / "report.json").read_text())
     found = numbers["tasks"]["task"]["right"]
     assert list(found["rows"]) == ["base", "expert", "proxy", "tuned"]
+    assert found["n"] == 4
     assert found["gap_closed"] == pytest.approx(2 / 3) and numbers["seconds"] == 1
     assert [point["value"] for point in found["alphas"]] == [0.25, 0.75, 0.5]
     written = {p.name for p in (tmp_path / "new" / "out").rglob("*") if p.is_file()}
