@@ -120,11 +120,15 @@ def combine_kernel(
     num_cols,
     num_shared,
     num_named,
+    log_beta_ptr,
+    base_max_ptr,
+    num_base_max,
     vocab_start,
     vocab_size,
     TILE: tl.constexpr,
     USE_FP64: tl.constexpr,
     FILTERED: tl.constexpr,
+    BASE_MAX: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -132,7 +136,8 @@ def combine_kernel(
     cols = tile * TILE + tl.arange(0, TILE)
     logits = unscaled_tile(
         row, cols, base_ptr, base_stride, expert_ptr, expert_stride, antiexpert_ptr,
-        antiexpert_stride, missing_ptr, alpha_ptr, num_cols, num_shared, num_named,
+        antiexpert_stride, missing_ptr, alpha_ptr, num_cols, num_shared, num_named, log_beta_ptr,
+        base_max_ptr, num_base_max, BASE_MAX,
     )  # fmt: skip
     out = row * tl.num_programs(1) + tile
     seed = tl.load(seeds_ptr + row)
@@ -285,6 +290,9 @@ def filtered_winner_kernel(
     num_cols,
     num_shared,
     num_named,
+    log_beta_ptr,
+    base_max_ptr,
+    num_base_max,
     vocab_start,
     vocab_size,
     num_tiles,
@@ -293,6 +301,7 @@ def filtered_winner_kernel(
     TILES: tl.constexpr,
     STATS: tl.constexpr,
     USE_FP64: tl.constexpr,
+    BASE_MAX: tl.constexpr,
 ):
     """winner_kernel that first puts the tiles of min-p rows right.
 
@@ -321,6 +330,7 @@ def filtered_winner_kernel(
             logits = unscaled_tile(
                 row, cols, base_ptr, base_stride, expert_ptr, expert_stride, antiexpert_ptr,
                 antiexpert_stride, missing_ptr, alpha_ptr, num_cols, num_shared, num_named,
+                log_beta_ptr, base_max_ptr, num_base_max, BASE_MAX,
             )  # fmt: skip
             x = logits / temperature
             x = tl.where(x >= threshold, x, float("-inf"))
@@ -347,12 +357,18 @@ def combine_only_kernel(
     num_cols,
     num_shared,
     num_named,
+    log_beta_ptr,
+    drop_ptr,
+    base_max_ptr,
+    num_base_max,
     TILE: tl.constexpr,
+    BASE_MAX: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * TILE + tl.arange(0, TILE)
     logits = combine_tile(
         row, cols, base_ptr, base_stride, expert_ptr, expert_stride, antiexpert_ptr,
-        antiexpert_stride, missing_ptr, alpha_ptr, num_cols, num_shared, num_named,
+        antiexpert_stride, missing_ptr, alpha_ptr, num_cols, num_shared, num_named, log_beta_ptr,
+        drop_ptr, base_max_ptr, num_base_max, BASE_MAX,
     )  # fmt: skip
     tl.store(out_ptr + row * out_stride + cols, logits, mask=cols < num_cols)

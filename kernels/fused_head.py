@@ -227,8 +227,8 @@ def fused_head_sample(
     base = hidden[0]
     num_rows = base.shape[0]
     rows.check(num_rows, base.device)
-    if rows.filtered:
-        raise ValueError("rows: the fused head knows no top_k, top_p or min_p")
+    if rows.filtered or rows.masked:
+        raise ValueError("rows: the fused head knows no top_k, top_p, min_p or log_beta")
     if num_rows == 0:
         return base.new_empty(0, dtype=torch.int64), base.new_empty(0, dtype=torch.float32)
     require_triton(base, "hidden")

@@ -5,6 +5,9 @@ difference that tuning made to a small one:
 
     logits = base + alpha * (expert - antiexpert)
 
+Other formulas are the same with other members in these places (docs/methods.md): `METHODS` has each
+as its paper writes it.
+
 The sampling parameters then apply in vLLM's order: temperature, min-p, top-k, top-p, and the token
 is the argmax of the kept logits plus Gumbel noise keyed by (seed, position, token id).
 
@@ -28,6 +31,7 @@ def combine(
     alpha: torch.Tensor,  # [B]
     named: int | None = None,
     dtype: torch.dtype = torch.float64,
+    log_beta: torch.Tensor | None = None,  # [B]
 ) -> torch.Tensor:  # [B, V]
     """The shifted logits, all arithmetic in `dtype`.
 
@@ -49,6 +53,7 @@ def combine(
       and with base == antiexpert and alpha == 1 the expert comes back up to the rounding of one
       subtraction and one addition (exactly, for bfloat16 logits of like magnitude in float32).
     - NaN in the base, or in a member that counts, gives NaN.
+    - Tokens that are not `plausible`: -inf, unless alpha == 0.
     """
     base = base.to(dtype)
     named = base.shape[1] if named is None else min(named, base.shape[1])
@@ -65,7 +70,27 @@ def combine(
     # Not by a product, since alpha may be negative.
     logits = torch.where(shift == -torch.inf, shift, base + alpha.to(dtype)[:, None] * shift)
     logits = torch.where(base == -torch.inf, base, logits)
+    if log_beta is not None:
+        kept = plausible(base, logits, log_beta.to(dtype)) | logits.isnan()
+        logits = torch.where(kept, logits, -torch.inf)
     return torch.where((alpha == 0)[:, None], base, logits)
+
+
+def plausible(
+    base: torch.Tensor,  # [B, V]
+    logits: torch.Tensor,  # [B, V], combined
+    log_beta: torch.Tensor,  # [B]
+) -> torch.Tensor:  # [B, V] bool
+    """Tokens that the base itself finds plausible (Li et al. 2022, arXiv 2210.15097, V_head):
+
+        p_base(token) >= beta * max p_base,   that is   base >= max base + log beta
+
+    The maximum is over the tokens that the formula can draw, so that each row keeps one. -inf, the
+    log of 0, keeps all.
+    """
+    drawable = logits > -torch.inf
+    largest = torch.where(drawable, base, -torch.inf).amax(dim=1, keepdim=True)
+    return ~(base < largest + log_beta[:, None])
 
 
 def head_logits(
@@ -87,6 +112,11 @@ def scaled(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     logits = torch.where(logits.isnan(), torch.full_like(logits, -torch.inf), logits)
     divisor = torch.where(temperature == 0, torch.ones_like(temperature), temperature)
     return logits / divisor.to(logits.dtype)[:, None]
+
+
+def _scaled_rows(base, expert, antiexpert, rows, named, dtype) -> torch.Tensor:  # [B, V]
+    logits = combine(base, expert, antiexpert, rows.alpha, named, dtype, rows.log_beta)
+    return scaled(logits, rows.temperature)
 
 
 def kept_row(
@@ -184,7 +214,7 @@ def scores(
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:  # [B, V]
     """What proxy_sample takes the argmax of: -inf where a filter drops the token."""
-    x = scaled(combine(base, expert, antiexpert, rows.alpha, named, dtype), rows.temperature)
+    x = _scaled_rows(base, expert, antiexpert, rows, named, dtype)
     token_ids = torch.arange(x.shape[1], device=x.device)
     out = x.clone()
     kept_tokens = kept(x, rows)
@@ -204,5 +234,48 @@ def probabilities(
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:  # [B, V]
     """Distribution that proxy_sample draws from; every temperature above 0."""
-    x = scaled(combine(base, expert, antiexpert, rows.alpha, named, dtype), rows.temperature)
+    x = _scaled_rows(base, expert, antiexpert, rows, named, dtype)
     return torch.softmax(torch.where(kept(x, rows), x, -torch.inf), dim=-1)
+
+
+def _dexperts(base, expert, antiexpert, alpha):
+    """Liu et al. 2021 (DExperts), equation 2: softmax(z + alpha (z+ - z-))."""
+    return torch.softmax(base + alpha * (expert - antiexpert), dim=-1)
+
+
+def _proxy(base, expert, antiexpert, alpha):
+    """Liu et al. 2024 (proxy-tuning), as a product: p_base (p_expert / p_antiexpert)^alpha."""
+    p, e, a = (torch.softmax(member, dim=-1) for member in (base, expert, antiexpert))
+    weighted = p * (e / a) ** alpha
+    return weighted / weighted.sum(dim=-1, keepdim=True)
+
+
+def _contrastive(base, amateur, alpha):
+    """O'Brien and Lewis 2023, equation 2: (1 + alpha) s_base - alpha s_amateur.
+
+    Li et al. 2022 score by log p_base - log p_amateur, the limit of a large alpha in direction.
+    """
+    return torch.softmax((1 + alpha) * base - alpha * amateur, dim=-1)
+
+
+def _dera(reference, aligned, weight):
+    """Liu et al. 2024 (DeRa), the geometric mixture: p_reference^(1 - w) p_aligned^w."""
+    r, a = (torch.softmax(member, dim=-1) for member in (reference, aligned))
+    weighted = r ** (1 - weight) * a**weight
+    return weighted / weighted.sum(dim=-1, keepdim=True)
+
+
+def _cfg(conditional, unconditional, guidance_scale):
+    """Sanchez et al. 2023, equation 7: log p(u) + gamma (log p(c) - log p(u))."""
+    c, u = (torch.log_softmax(member, dim=-1) for member in (conditional, unconditional))
+    return torch.softmax(u + guidance_scale * (c - u), dim=-1)
+
+
+# The formulas of papers, as probabilities [B, V] from logits, for comparison with `combine`.
+METHODS = {
+    "proxy": _proxy,
+    "dexperts": _dexperts,
+    "contrastive": _contrastive,
+    "dera": _dera,
+    "cfg": _cfg,
+}

@@ -19,6 +19,7 @@ Collectives of one call, each an all_gather (float64 unless said):
 | top-k or top-p | 2 + 8 | 16 + 8 + 8 * 144 (int64) |
 | top-k and top-p | 2 + 16 | 16 + 8 + 16 * 144 (int64) |
 | tokens that a small member lacks | 1 more | 8 (float32) more |
+| a plausibility threshold | 1 more | 4 (float32) more |
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,12 @@ import torch.distributed as dist
 
 from proxy_vllm.kernels.checks import check_logits
 from proxy_vllm.kernels.columns import Columns, shift_of_missing
-from proxy_vllm.kernels.combine_sample import SampleLaunch, proxy_combine, warps_for
+from proxy_vllm.kernels.combine_sample import (
+    SampleLaunch,
+    find_base_max,
+    proxy_combine,
+    warps_for,
+)
 from proxy_vllm.kernels.row_parameters import RowParameters
 from proxy_vllm.kernels.threshold_kernels import MAX_VOCAB
 from proxy_vllm.kernels.thresholds import Measurement, ThresholdSearch
@@ -132,6 +138,7 @@ class ShardedSampler:
             rows,
             columns=columns,
             missing_shift=self.missing_shift(expert, antiexpert, columns),
+            base_max=self.base_max(base, expert, antiexpert, rows, columns),
             use_fp64_gumbel=use_fp64_gumbel,
             tile=tile,
         )
@@ -150,19 +157,43 @@ class ShardedSampler:
         """`shift_of_missing` over all shards: one collective, where they lack any."""
         return shift_of_missing(expert, antiexpert, columns, self.exchange.gather)
 
+    def base_max(
+        self,
+        base: torch.Tensor,  # [B, n], not empty
+        expert: torch.Tensor,
+        antiexpert: torch.Tensor,
+        rows: RowParameters,
+        columns: Columns,
+    ) -> torch.Tensor | None:  # [B, 1] float32
+        """`find_base_max` over all shards: one collective, where some row may have a log_beta."""
+        if rows.log_beta is None:
+            return None
+        if not rows.masked:
+            return base.new_empty(base.shape[0], 1, dtype=torch.float32)  # not read
+        own = find_base_max(base, expert, antiexpert, rows.alpha, rows.log_beta, columns)
+        return self.exchange.gather(own.amax(dim=1, keepdim=True)).amax(dim=0)
+
     def combine(
         self,
         base: torch.Tensor,  # [B, n]
         expert: torch.Tensor,
         antiexpert: torch.Tensor,
-        alpha: torch.Tensor,  # [B] float32
+        rows: RowParameters,
         *,
         columns: Columns,
     ) -> torch.Tensor:  # [B, n] float32; of an empty shard one column of -inf
         """proxy_combine of this rank's columns."""
         base, expert, antiexpert = _some_columns(base, expert, antiexpert)
-        shift = self.missing_shift(expert, antiexpert, columns)
-        return proxy_combine(base, expert, antiexpert, alpha, columns=columns, missing_shift=shift)
+        return proxy_combine(
+            base,
+            expert,
+            antiexpert,
+            rows.alpha,
+            columns=columns,
+            missing_shift=self.missing_shift(expert, antiexpert, columns),
+            log_beta=rows.log_beta,
+            base_max=self.base_max(base, expert, antiexpert, rows, columns),
+        )
 
     def _extremes(self, launch: SampleLaunch) -> tuple[torch.Tensor, torch.Tensor]:
         """([B, 1], [B, 1]) largest and smallest finite scaled logit of all shards.
@@ -216,7 +247,7 @@ class ShardedSampler:
         base: torch.Tensor,
         expert: torch.Tensor,
         antiexpert: torch.Tensor,
-        alpha: torch.Tensor,
+        rows: RowParameters,
         tokens: torch.Tensor,  # [B] int64, sampled tokens
         num_logprobs: int,
         *,
@@ -228,7 +259,7 @@ class ShardedSampler:
         logprobs float32; [B] rank of the sampled token, 0 for the most likely). Of equals any may
         come first, as with torch.topk. Two collectives: 8 * (2 n + 2) bytes a row, then 8.
         """
-        logits = self.combine(base, expert, antiexpert, alpha, columns=columns)
+        logits = self.combine(base, expert, antiexpert, rows, columns=columns)
         num_cols = logits.shape[1]
         local = tokens - columns.start
         mine = (local >= 0) & (local < num_cols)

@@ -16,7 +16,13 @@ Thresholds and brackets are float32 values as order-preserving integers (`float_
 
 from vllm.triton_utils import tl, triton
 
-from proxy_vllm.kernels.triton_functions import _FLT_MAX, float_key, key_float, row_filters
+from proxy_vllm.kernels.triton_functions import (
+    _FLT_MAX,
+    float_key,
+    key_float,
+    row_filters,
+    row_max,
+)
 
 # Fields of a row's state: the bracket LO <= t < HI as keys, the target of H, H(HI) or -1 before the
 # first measurement, and whether LO is the answer.
@@ -33,15 +39,6 @@ _MASS_UNIT = tl.constexpr(17592186044416.0)
 MAX_VOCAB = (1 << 19) - 1
 # Below max - 31 a mass is zero units.
 _MASS_RANGE = tl.constexpr(31.0)
-
-
-@triton.jit
-def row_max(tile_max_ptr, row, num_tiles, TILES: tl.constexpr):
-    tiles = tl.arange(0, TILES)
-    values = tl.load(
-        tile_max_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf")
-    )
-    return tl.max(values, axis=0)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ __all__ = [
     "murmur3_hash32",
     "require_triton",
     "row_filters",
+    "row_max",
     "unscaled_tile",
 ]
 
@@ -74,6 +75,15 @@ def key_float(key):
 
 
 @triton.jit
+def row_max(tile_max_ptr, row, num_tiles, TILES: tl.constexpr):
+    tiles = tl.arange(0, TILES)
+    values = tl.load(
+        tile_max_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf")
+    )
+    return tl.max(values, axis=0)
+
+
+@triton.jit
 def combine_tile(
     row,  # int64
     cols,  # [TILE] int
@@ -88,11 +98,16 @@ def combine_tile(
     num_cols,
     num_shared,  # columns that all three members have
     num_named,  # columns that a tokenizer names
+    log_beta_ptr,  # [B] float32, -inf: no row loses implausible tokens; None: no row does
+    drop_ptr,  # [B] float32, taken off the logits of implausible tokens; None: they are forbidden
+    base_max_ptr,  # [B, num_base_max] float32, read of rows with a log_beta: see base_max_kernel
+    num_base_max,
+    BASE_MAX: tl.constexpr,
 ):
     """base + alpha * (expert - antiexpert) in float32 for one tile of one row.
 
     Past num_cols: -inf. See `reference.combine` for the columns past the other two counts, and for
-    what infinities and NaN do.
+    what infinities and NaN do, and `reference.plausible` for what a log_beta leaves out.
     """
     base = tl.load(base_ptr + row * base_stride + cols, mask=cols < num_cols, other=float("-inf"))
     base = base.to(tl.float32)
@@ -114,6 +129,14 @@ def combine_tile(
         # An explicit fma: left to the compiler, the rounding would differ between kernels.
         shifted = tl.fma(expert - antiexpert, alpha, base)
         logits = tl.where(forbidden, float("-inf"), shifted)
+        if log_beta_ptr is not None:
+            log_beta = tl.load(log_beta_ptr + row)
+            if log_beta > float("-inf"):
+                drop = float("inf")
+                if drop_ptr is not None:
+                    drop = tl.load(drop_ptr + row)
+                floor = row_max(base_max_ptr, row, num_base_max, BASE_MAX) + log_beta
+                logits = tl.where(base < floor, logits - drop, logits)
     return logits
 
 
@@ -132,10 +155,15 @@ def unscaled_tile(
     num_cols,
     num_shared,
     num_named,
+    log_beta_ptr,
+    base_max_ptr,
+    num_base_max,
+    BASE_MAX: tl.constexpr,
 ):
     """combine_tile with NaN made -inf, so that no reduction ever meets one."""
     logits = combine_tile(
         row, cols, base_ptr, base_stride, expert_ptr, expert_stride, antiexpert_ptr,
-        antiexpert_stride, missing_ptr, alpha_ptr, num_cols, num_shared, num_named,
+        antiexpert_stride, missing_ptr, alpha_ptr, num_cols, num_shared, num_named, log_beta_ptr,
+        None, base_max_ptr, num_base_max, BASE_MAX,
     )  # fmt: skip
     return tl.where(logits == logits, logits, float("-inf"))

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.errors import UserError
+from proxy_vllm.methods import METHODS
+from proxy_vllm.plausibility import BETA_KEY, check_beta, drop_of
 from proxy_vllm.remote_base.settings import RemoteBase
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ STOP_TOKENS = ("expert", "base", "both")
 
 # The key in `SamplingParams.extra_args` and, over HTTP, in `vllm_xargs`.
 ALPHA_KEY = "proxy_alpha"
+# Of classifier-free guidance: alpha + 1.
+GUIDANCE_KEY = "guidance_scale"
 # Drafts a step: chosen step by step, and the most that may be asked for.
 AUTO_DRAFTS = "auto"
 MAX_DRAFTS = 16
@@ -36,6 +40,10 @@ class ProxyConfig:
         expert: folder or hub name of the small tuned model.
         antiexpert: folder or hub name of the same small model, untuned.
         alpha: steering strength of requests that do not say their own; 0 is the base alone.
+        beta: plausibility threshold of requests that do not say their own: tokens whose probability
+            under the base is below ``beta`` times its largest are never drawn. 0 is off.
+        method: the formula, a key of ``proxy_vllm.methods.METHODS``. A member that is the base in
+            it has an empty name here.
         alpha_range: lowest and highest alpha that a request may ask for.
         expert_args: fields of ``vllm.config.ModelConfig`` for the expert alone, for example
             ``{"dtype": "float32", "quantization": "fp8", "revision": "main"}``.
@@ -76,6 +84,8 @@ class ProxyConfig:
     expert: str
     antiexpert: str
     alpha: float = 1.0
+    beta: float = 0.0
+    method: str = "proxy"
     alpha_range: tuple[float, float] = (-10.0, 10.0)
     expert_args: dict[str, Any] = field(default_factory=dict)
     antiexpert_args: dict[str, Any] = field(default_factory=dict)
@@ -97,13 +107,23 @@ class ProxyConfig:
     adapters: bool = False
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"--method {self.method}: there are {', '.join(METHODS)}")
+        base_roles = METHODS[self.method].base_roles
         if self.adapters:
+            if base_roles:
+                raise UserError(f"--method {self.method} goes without --enable-lora")
             for name in ("", "_args"):
                 object.__setattr__(self, f"expert{name}", getattr(self, f"antiexpert{name}"))
             if own := self.tokenizer_map.get("antiexpert"):
                 object.__setattr__(self, "tokenizer_map", {"expert": own, "antiexpert": own})
         for role in ("expert", "antiexpert"):
-            if not getattr(self, role) or not isinstance(getattr(self, role), str):
+            if role in base_roles and self.member_args(role):
+                raise UserError(
+                    f"--{role}-args: with --method {self.method} the {role} is the base itself"
+                )
+            named = bool(getattr(self, role)) and isinstance(getattr(self, role), str)
+            if role not in base_roles and not named:
                 or_adapters = ", or adapters of the antiexpert (--enable-lora)"
                 raise UserError(
                     f"{role}: a model folder or hub name is needed (--{role} MODEL)"
@@ -126,6 +146,9 @@ class ProxyConfig:
             raise UserError(f"alpha range {low} .. {high}: two finite numbers, lowest first")
         object.__setattr__(self, "tokenizer_map", _checked_map(self.tokenizer_map))
         object.__setattr__(self, "alpha", self.check_alpha(self.alpha, "alpha"))
+        object.__setattr__(self, "beta", check_beta(self.beta, "beta"))
+        if self.remote_base is not None and (self.beta or METHODS[self.method].base_roles):
+            raise UserError("--base-url goes with --method proxy or dexperts, and without --beta")
         object.__setattr__(self, "speculative_tokens", _check_drafts(self.speculative_tokens))
 
     def check_alpha(self, value: Any, name: str = ALPHA_KEY) -> float:
@@ -147,12 +170,46 @@ class ProxyConfig:
 
     def alpha_of(self, extra_args: dict[str, Any] | None) -> float:
         """Alpha of one request from its ``extra_args``; the server's where it names none."""
-        value = (extra_args or {}).get(ALPHA_KEY)
+        value, scale = ((extra_args or {}).get(key) for key in (ALPHA_KEY, GUIDANCE_KEY))
+        if scale is not None:
+            if not self.guided or value is not None:
+                why = "it stands for proxy_alpha + 1" if self.guided else "it is for --method cfg"
+                raise UserError(f"{GUIDANCE_KEY}: {why}; name {ALPHA_KEY} alone")
+            if isinstance(scale, bool) or not isinstance(scale, (int, float, str)):
+                raise UserError(f"{GUIDANCE_KEY} is {scale!r}: it must be a number")
+            try:
+                value = float(scale) - 1
+            except (ValueError, OverflowError):
+                raise UserError(f"{GUIDANCE_KEY} is {scale!r}: it must be a number") from None
         return self.alpha if value is None else self.check_alpha(value)
 
     def check_request(self, params: Any) -> None:
         """Raise ``UserError`` if ``params`` ask for an alpha that this engine does not run."""
-        self.alpha_of(getattr(params, "extra_args", None))
+        extra_args = getattr(params, "extra_args", None)
+        self.alpha_of(extra_args)
+        self.beta_of(extra_args)
+
+    def beta_of(self, extra_args: dict[str, Any] | None) -> float:
+        """Beta of one request from its ``extra_args``; the server's where it names none."""
+        value = (extra_args or {}).get(BETA_KEY)
+        beta = self.beta if value is None else check_beta(value)
+        if beta and self.remote_base is not None:
+            raise UserError(f"{BETA_KEY}: a base elsewhere does not report what it finds plausible")
+        return beta
+
+    def plausibility_of(self, params: "SamplingParams | None") -> tuple[float, float]:
+        """``log_beta`` and ``drop`` (see ``Plausibility``) of a request that reached a worker.
+
+        A grammar, allowed or bad words and the like may rule out all that the base finds plausible.
+        What is left is then drawn by the formula. A beta that cannot be used and came past our
+        checks is the server's (``worker_alpha`` says why).
+        """
+        try:
+            beta = self.beta_of(params.extra_args if params is not None else None)
+        except UserError:
+            beta = self.beta
+        log_beta = math.log(beta) if beta > 0 else -math.inf
+        return log_beta, drop_of(params)
 
     def worker_alpha(self, params: "SamplingParams | None", adapter: Any = None) -> float:
         """Alpha of a request that has reached a worker.
@@ -189,13 +246,29 @@ class ProxyConfig:
         free = sorted(set(moves) - set(moves.values()))
         return {**moves, **dict(zip(homeless, free, strict=True))}
 
+    def with_base(self, name: str) -> "ProxyConfig":
+        """With the base's name for the small members that are the base by the method."""
+        roles = METHODS[self.method].base_roles
+        if not roles:
+            return self
+        fields: dict[str, Any] = dict.fromkeys(roles, name)
+        fields["same_weights"] = {**self.same_weights, **dict.fromkeys(roles, "base")}
+        return dataclasses.replace(self, **fields)
+
     def runs(self, role: str) -> bool:
         """Whether a member has a pass and a KV cache of its own.
 
         One that is the base has none, unless it may read another prompt or has adapters.
         """
+        if self.guided:
+            return role != "expert"
         adapted = role == "expert" and self.adapters
         return self.same_weights.get(role) != "base" or self.takes_own_prompts or adapted
+
+    @property
+    def guided(self) -> bool:
+        """Whether the antiexpert is the base on a negative prompt."""
+        return METHODS[self.method].guided
 
     @property
     def drafter(self) -> str | None:
@@ -215,7 +288,11 @@ class ProxyConfig:
     @property
     def takes_own_prompts(self) -> bool:
         """Whether the engine is set up for prompts of each model's own."""
-        return self.own_prompts or any(self.chat_template_of(r) is not None for r in ROLES[1:])
+        return (
+            self.guided
+            or self.own_prompts
+            or any(self.chat_template_of(r) is not None for r in ROLES[1:])
+        )
 
     def chat_template_of(self, role: str) -> str | None:
         """The template of a small member, Jinja or ``auto``; None if it reads the base's prompt."""

@@ -61,6 +61,7 @@ def prepare_engine_args(
         from proxy_vllm.remote_base.start import checked_endpoint, local_engine_args
 
         kwargs = local_engine_args(kwargs, proxy)
+    proxy = proxy.with_base(str(kwargs["model"]))
     kwargs, configs = validate_trio(kwargs, proxy)
     if proxy.remote_base is not None:
         proxy = checked_endpoint(proxy, configs)
@@ -125,7 +126,8 @@ def apply_to_engine_args(kwargs: dict[str, Any], proxy: ProxyConfig) -> dict[str
     if proxy.fused_head_max_batch > 0 and on_cpu and cpu_runner() == "v1":
         raise UserError("--fused-head-max-batch needs Model Runner V2, a GPU's: leave it out")
     if proxy.takes_own_prompts and (excluded := _excludes_own_prompts(out, proxy, on_cpu)):
-        raise UserError(f"--own-prompts, or a chat template of a small member: {excluded}")
+        option = "--own-prompts, or a chat template of a small member"
+        raise UserError(f"{'--method cfg' if proxy.guided else option}: {excluded}")
     if proxy.sampler_cuda_graphs and (excluded := _excludes_sampler_graphs(out, on_cpu)):
         raise UserError(f"--sampler-cuda-graphs: {excluded}")
     if on_cpu:

@@ -13,6 +13,7 @@ from proxy_vllm.errors import UserError
 from proxy_vllm.explain.front_end import let_explain
 from proxy_vllm.explain.offline import Explanation, explain, is_single
 from proxy_vllm.explain.request import DEFAULT_TOP, check_engine, check_parameters
+from proxy_vllm.methods import method_fields
 from proxy_vllm.own_prompts.chat_templates import resolve_template
 from proxy_vllm.own_prompts.member_prompts import INPUT_KEY, MemberPrompts, check_messages
 from proxy_vllm.own_prompts.prompts import check_tokenization, refuse_misspelled
@@ -38,7 +39,13 @@ class ProxyLLM(LLM):
             the antiexpert plus the adapter of a request's ``lora_request``, and a request without
             one gets the base's answer.
         antiexpert: the small model as it was before it was tuned.
-        alpha: strength of requests that name none; 0 is the base alone.
+        method: the formula, a key of ``proxy_vllm.methods.METHODS``. ``"contrastive"`` takes the
+            base for the expert, ``"dera"`` for the antiexpert and ``"cfg"`` for both; what is the
+            base is left out.
+        alpha: strength of requests that name none; 0 is the base alone. None: the method's own.
+        beta: plausibility threshold of requests that name no ``proxy_beta``: tokens to which the
+            base gives less than this share of its largest probability are never drawn. None: the
+            method's own, which is 0, off, but for ``"contrastive"``.
         alpha_range: lowest and highest ``proxy_alpha`` that a request may ask for.
         expert_args, antiexpert_args: ``vllm.config.ModelConfig`` fields of one member alone.
         allow_tokenizer_mismatch: serve members whose tokenizers disagree on a token id.
@@ -77,8 +84,10 @@ class ProxyLLM(LLM):
         model: str | None = None,
         *,
         expert: str | None = None,
-        antiexpert: str,
-        alpha: float = 1.0,
+        antiexpert: str | None = None,
+        method: str = "proxy",
+        alpha: float | None = None,
+        beta: float | None = None,
         alpha_range: tuple[float, float] = (-10.0, 10.0),
         expert_args: dict[str, Any] | None = None,
         antiexpert_args: dict[str, Any] | None = None,
@@ -106,10 +115,9 @@ class ProxyLLM(LLM):
             remote_base = RemoteBase(base_url, base_model or "", **(base_args or {}))
         elif model is None:
             raise UserError("a base is needed: model, or base_url with base_model")
+        adapters = not expert and bool(kwargs.get("enable_lora"))
         self.proxy_config = ProxyConfig(
-            expert=str(expert or ""),
-            antiexpert=str(antiexpert),
-            alpha=alpha,
+            **method_fields(method, expert, antiexpert, alpha, beta, adapters),
             alpha_range=alpha_range,
             expert_args=expert_args or {},
             antiexpert_args=antiexpert_args or {},
@@ -124,7 +132,7 @@ class ProxyLLM(LLM):
             kv_cache_tables=kv_cache_tables,
             speculative_tokens=speculative_tokens,
             remote_base=remote_base,
-            adapters=not expert and bool(kwargs.get("enable_lora")),
+            adapters=adapters,
         )
         kwargs = prepare_engine_args(
             {
@@ -202,6 +210,8 @@ class ProxyLLM(LLM):
         so many beams that ``beam_width`` of them are left, as vLLM takes out its own.
         """
         ends = set() if ignore_eos else self._other_ends
+        if self.proxy_config.guided:
+            raise UserError("--method cfg: beam_search reads no negative prompt; use generate")
         room = len(ends) * max((len(instance.beams) for instance in instances_batch), default=0)
         stopped = super()._beam_search_step(
             instances_batch=instances_batch,

@@ -107,6 +107,9 @@ def member_configs(kwargs: dict[str, Any], proxy: ProxyConfig) -> "dict[str, Mod
         )
     }
     for role in ROLES[1:]:
+        if role in proxy.same_weights:
+            configs[role] = configs[proxy.same_weights[role]]
+            continue
         configs[role] = reading(
             role,
             getattr(proxy, role),
@@ -204,6 +207,8 @@ def check_places(kwargs: dict[str, Any], proxy: ProxyConfig) -> None:
     """Refuse members that are no model's folder, or that the hub does not give."""
     places = {"base": (str(kwargs["model"]), kwargs)}
     for role in ROLES[1:]:
+        if role in proxy.same_weights:
+            continue
         args = {"hf_token": kwargs.get("hf_token"), **proxy.member_args(role)}
         places[role] = (getattr(proxy, role), args)
     for role, (name, args) in places.items():
@@ -219,7 +224,7 @@ def warn_of_no_steering(proxy: ProxyConfig) -> None:
     """Say that nothing is steered where expert and antiexpert are one model."""
     from vllm.logger import init_logger
 
-    if proxy.adapters:
+    if proxy.adapters or proxy.guided:
         return
     members = (proxy.expert, proxy.antiexpert)
     names = [os.path.realpath(name) if os.path.exists(name) else name for name in members]

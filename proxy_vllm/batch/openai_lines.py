@@ -15,6 +15,7 @@ from proxy_vllm.batch.request import CHAT_FIELDS, LineOptions, Request, id_of
 from proxy_vllm.config import ALPHA_KEY, ProxyConfig
 from proxy_vllm.errors import UserError, one_line
 from proxy_vllm.explain.request import EXPLAIN_KEY, asked_top
+from proxy_vllm.plausibility import BETA_KEY
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -55,8 +56,9 @@ def parse_openai_line(
         raise UserError(f"url is {url!r}: there are {_CHAT} and {_COMPLETIONS}")
     if not isinstance(body, dict):
         raise UserError("body must be an object")
-    if ALPHA_KEY in body:
-        raise UserError(f'{ALPHA_KEY} belongs in {_XARGS}: {{"{ALPHA_KEY}": ...}}')
+    for key in (ALPHA_KEY, BETA_KEY):
+        if key in body:
+            raise UserError(f'{key} belongs in {_XARGS}: {{"{key}": ...}}')
     names = CHAT_FIELDS if url == _CHAT else ("response_format",)
     body = {**options.chat_defaults(body, names), **body}
     # Not OpenAI's defaults: 16 for a prompt, and all that fits for a chat.
@@ -71,6 +73,7 @@ def parse_openai_line(
             if getattr(asked, name, None):
                 raise UserError(f"body.{name} is for the server: leave it out")
         alpha = proxy.alpha_of(asked.vllm_xargs)
+        proxy.beta_of(asked.vllm_xargs)
         if asked_top(asked.vllm_xargs) is not None:
             raise UserError(f"{EXPLAIN_KEY} is for the server and for `proxy-vllm explain`")
         params = _params(asked, options.defaults)

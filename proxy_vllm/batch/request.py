@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from proxy_vllm.config import ALPHA_KEY, ROLES, ProxyConfig
+from proxy_vllm.config import ALPHA_KEY, GUIDANCE_KEY, ROLES, ProxyConfig
 from proxy_vllm.errors import UserError, one_line
 from proxy_vllm.explain.request import EXPLAIN_KEY
+from proxy_vllm.plausibility import BETA_KEY
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -36,7 +37,7 @@ CHAT_FIELDS = (
     "response_format",
 )
 _LORA = "lora"
-_OWN_FIELDS = ("id", "prompt", "messages", ALPHA_KEY, _LORA, *CHAT_FIELDS)
+_OWN_FIELDS = ("id", "prompt", "messages", ALPHA_KEY, BETA_KEY, _LORA, *CHAT_FIELDS)
 
 # vLLM's server answers this where a log-probability is minus infinity, which JSON cannot say.
 _LOWEST_LOGPROB = -9999.0
@@ -267,11 +268,13 @@ def parse_request(
     if (form := given.get("response_format")) is not None:
         fields["structured_outputs"] = _structured(form, fields.get("structured_outputs"))
     extra = dict(fields.pop("extra_args", {}))
-    alpha = given.get(ALPHA_KEY, extra.get(ALPHA_KEY))
-    if isinstance(alpha, str):
-        raise UserError(f"{ALPHA_KEY} is {_shown(alpha)}: it must be a number")
-    alpha = proxy.alpha_of({ALPHA_KEY: alpha})
-    extra[ALPHA_KEY] = alpha
+    extra |= {key: given[key] for key in (ALPHA_KEY, BETA_KEY) if key in given}
+    for key in (ALPHA_KEY, BETA_KEY):
+        if isinstance(extra.get(key), str):
+            raise UserError(f"{key} is {_shown(extra[key])}: it must be a number")
+    alpha = extra[ALPHA_KEY] = proxy.alpha_of(extra)
+    extra.pop(GUIDANCE_KEY, None)  # alpha says it
+    proxy.beta_of(extra)
     params = sampling_params({**defaults, **fields, "extra_args": extra})
     lora = options.adapter(given.get(_LORA))
     return Request(request_id, prompt, messages, params, alpha, chat, kept, lora=lora)

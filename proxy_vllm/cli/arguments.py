@@ -7,6 +7,7 @@ from typing import Any
 
 from proxy_vllm.config import KV_CACHE_TABLES, STOP_TOKENS
 from proxy_vllm.errors import UserError
+from proxy_vllm.methods import METHODS, method_fields
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -28,23 +29,36 @@ def _json_file(name: str) -> dict[str, Any]:
     return json_object(text)
 
 
-def add_proxy_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the options that name the trio to a parser that holds vLLM's engine options.
-
-    Args:
-        required: whether argparse itself asks for the small models.
-    """
+def add_proxy_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the trio to a parser that holds vLLM's engine options."""
     group = parser.add_argument_group("ProxyConfig", "Proxy-tuning: the members and their strength")
     group.add_argument(
         "--expert",
-        help="the small tuned model; with --enable-lora it may be left out, and requests name"
-        " adapters of the antiexpert",
+        help="the small tuned model, with --method dera the aligned one; with --enable-lora it may"
+        " be left out, and requests name adapters of the antiexpert",
     )
-    group.add_argument("--antiexpert", required=required, help="the small model, untuned")
+    group.add_argument(
+        "--antiexpert",
+        help="the small model, untuned; with --method contrastive the amateur",
+    )
+    group.add_argument(
+        "--method",
+        default="proxy",
+        choices=METHODS,
+        help="the formula: contrastive takes the base for the expert, dera for the antiexpert, and"
+        " cfg for both, with a negative prompt (docs/methods.md; default: proxy)",
+    )
     group.add_argument(
         "--alpha",
-        default=1.0,
-        help="strength of requests that name no proxy_alpha; 0 is the base alone (default: 1.0)",
+        help="strength of requests that name no proxy_alpha; 0 is the base alone (default: 1.0, of"
+        " contrastive 0.5)",
+    )
+    group.add_argument(
+        "--beta",
+        metavar="SHARE",
+        help="never draw tokens that the base gives less than this share of its largest"
+        " probability, for requests that name no proxy_beta; 0 is off (default: 0, of contrastive"
+        " 0.1)",
     )
     group.add_argument(
         "--alpha-range",
@@ -136,10 +150,9 @@ def proxy_config(args: argparse.Namespace):
     from proxy_vllm.config import ProxyConfig
     from proxy_vllm.own_prompts.chat_templates import resolve_template
 
+    adapters = not args.expert and bool(getattr(args, "enable_lora", False))
     return ProxyConfig(
-        expert=args.expert or "",
-        antiexpert=args.antiexpert,
-        alpha=args.alpha,
+        **method_fields(args.method, args.expert, args.antiexpert, args.alpha, args.beta, adapters),
         alpha_range=tuple(args.alpha_range),
         expert_args=args.expert_args,
         antiexpert_args=args.antiexpert_args,
@@ -155,7 +168,7 @@ def proxy_config(args: argparse.Namespace):
         remote_base=remote_base(args),
         changed_tokens_every=getattr(args, "changed_tokens_every", 0),
         kv_cache_tables=args.kv_cache_tables,
-        adapters=not args.expert and bool(getattr(args, "enable_lora", False)),
+        adapters=adapters,
     )
 
 

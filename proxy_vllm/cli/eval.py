@@ -13,6 +13,7 @@ from vllm.entrypoints.cli.types import CLISubcommand
 from proxy_vllm.cli.arguments import add_proxy_arguments, json_object
 from proxy_vllm.envs import TOXICITY_CLASSIFIER
 from proxy_vllm.errors import UserError
+from proxy_vllm.methods import METHODS
 
 # Options of the trio that evaluation cannot honour, and why.
 _REFUSED = {
@@ -76,7 +77,7 @@ class EvalSubcommand(CLISubcommand):
         )
         EngineArgs.add_cli_args(parser)
         parser.add_argument("model_tag", nargs="?", metavar="BASE", help="the large model")
-        add_proxy_arguments(parser, required=False)
+        add_proxy_arguments(parser)
         _add_arguments(parser)
         parser.set_defaults(model=None, seed=None, disable_log_stats=True)
         return parser
@@ -175,6 +176,8 @@ def _check_options(args: argparse.Namespace) -> None:
                 option = "BASE" if name == "model_tag" else f"--{name}"
                 raise UserError(f"--score marks finished answers without an engine: no {option}")
         return
+    if METHODS[args.method].base_roles:
+        raise UserError(f"--method {args.method}: evaluation compares a base with two small models")
     for name in ("expert", "antiexpert"):
         if not getattr(args, name):
             raise UserError(f"--{name} is needed (--score marks answers without an engine)")

@@ -18,6 +18,7 @@ from proxy_vllm.explain.offline import Explanation, explain, totals
 from proxy_vllm.explain.page import LIMIT, page
 from proxy_vllm.explain.request import DEFAULT_TOP, MAX_TOP
 from proxy_vllm.lifetime import end_with_engines
+from proxy_vllm.methods import METHODS
 
 _SHOWN = 8
 
@@ -46,8 +47,9 @@ class ExplainSubcommand(CLISubcommand):
             ResultFile(target, overwrite=args.overwrite)
         requests = _read(args)
         arguments = llm_arguments(args)
-        # Without an expert, adapters of the antiexpert are the experts.
-        names = f"{args.model} + alpha ({args.expert or 'an adapter'} - {args.antiexpert})"
+        # Without an expert, adapters of the antiexpert are the experts, or the base is one.
+        other = args.model if METHODS[args.method].base_roles else "an adapter"
+        names = f"{args.model} + alpha ({args.expert or other} - {args.antiexpert or args.model})"
         end_with_engines()
         llm = start_llm(arguments)
         explained = explain(

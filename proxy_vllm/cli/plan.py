@@ -12,6 +12,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proxy_vllm.errors import UserError
+from proxy_vllm.methods import METHODS, method_fields
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -56,8 +59,14 @@ class PlanSubcommand:
             "gpu_memory_utilization": args.gpu_memory_utilization,
             "reserve_gib": args.reserve_gib,
         }
-        antiexpert = model_shape(args.antiexpert)
-        expert = model_shape(args.expert) if args.expert else antiexpert
+        adapters = not args.expert and args.enable_lora
+        named = method_fields(args.method, args.expert, args.antiexpert, adapters=adapters)
+        if adapters:
+            named["expert"] = named["antiexpert"]
+        if remote is not None and METHODS[args.method].base_roles:
+            raise UserError(f"--method {args.method} needs a base in the engine: name its folder")
+        small = {role: named[role] or args.model for role in ("expert", "antiexpert")}
+        expert, antiexpert = map(model_shape, small.values())
         result: Plan | RemoteBasePlan
         if remote is not None:
             from proxy_vllm.plan.remote_base import Trips, plan_remote_base
@@ -72,12 +81,9 @@ class PlanSubcommand:
                 gpu,
                 speculative_tokens=args.speculative_tokens,
                 acceptance=args.acceptance,
-                same_as_base=[
-                    role
-                    for role in ("expert", "antiexpert")
-                    if _same(getattr(args, role) or args.antiexpert, args.model)
-                ],
+                same_as_base=[role for role, name in small.items() if _same(name, args.model)],
                 adapters=_adapters(args),
+                another_prompt=("antiexpert",) if METHODS[args.method].guided else (),
                 **load,
             )
         if args.json == "-":
@@ -105,7 +111,10 @@ class PlanSubcommand:
         parser.add_argument(
             "--expert", help="the small tuned model; with --enable-lora it may be left out"
         )
-        parser.add_argument("--antiexpert", required=True, help="the small untuned model")
+        parser.add_argument("--antiexpert", help="the small untuned model")
+        parser.add_argument(
+            "--method", default="proxy", choices=METHODS, help="the formula (default: proxy)"
+        )
         parser.add_argument("--gpu", help=f"one of {', '.join(GPUS)}")
         parser.add_argument("--bandwidth-tbps", type=float, help="memory bandwidth, 1e12 bytes/s")
         parser.add_argument("--tflops", type=float, help="dense 16-bit matmul rate, 1e12 FLOP/s")
@@ -178,7 +187,6 @@ def _same(name: str, base: str) -> bool:
 
 
 def _write_json(path: str, result: dict[str, Any]) -> None:
-    from proxy_vllm.errors import UserError
 
     try:
         Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -187,9 +195,9 @@ def _write_json(path: str, result: dict[str, Any]) -> None:
 
 
 def _check_base(args: argparse.Namespace, elsewhere: bool) -> None:
-    from proxy_vllm.errors import UserError
 
-    if not args.expert and (elsewhere or not args.enable_lora):
+    named = "expert" in METHODS[args.method].named_roles
+    if named and not args.expert and (elsewhere or not args.enable_lora):
         raise UserError("--expert is missing: the small tuned model, or --enable-lora")
     if elsewhere:
         if args.enable_lora:

@@ -6,15 +6,19 @@ few counts) instead of three gathered ``[N, V]``; what needs the whole distribut
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
+from vllm.logger import init_logger
 
 from proxy_vllm.composite.formula import combine_logits
+from proxy_vllm.config import ROLES
+from proxy_vllm.errors import UserError
 from proxy_vllm.kernels.columns import Columns, shift_of_missing
 from proxy_vllm.kernels.fused_head import fused_head_sample, supports
-from proxy_vllm.kernels.row_parameters import RowParameters
+from proxy_vllm.kernels.row_parameters import RowParameters, Steering
 from proxy_vllm.kernels.sharded import (
     Exchange,
     Range,
@@ -23,6 +27,11 @@ from proxy_vllm.kernels.sharded import (
     merge_ranks,
     realign_columns,
 )
+
+if TYPE_CHECKING:
+    from proxy_vllm.composite.model import ProxyTunedForCausalLM
+
+logger = init_logger(f"vllm.{__name__}")
 
 # Models whose `compute_logits` is vLLM's logits processor over `lm_head` and nothing more, and that
 # lack `compute_logits_local`, which is the same without the gathering.
@@ -110,28 +119,32 @@ class ShardedHeads:
 
         return MemberLogits(each_once(self.members, shard_of), self.columns, sharded=True)
 
-    def combined_local(self, logits: MemberLogits, alpha: torch.Tensor) -> torch.Tensor:
+    def combined_local(
+        self, logits: MemberLogits, steering: Steering, masked: bool = True
+    ) -> torch.Tensor:
         """This rank's columns ``[N, width]`` float32 of the distribution, padded as vLLM's are."""
         base, expert, antiexpert = logits.members
         # Also of a rank without columns: the others wait for it.
         shift = shift_of_missing(expert, antiexpert, self.columns, self.exchange.gather)
-        if base.shape[1] == 0:
-            own = base.float()
-        else:
-            own = combine_logits(
-                base,
-                expert,
-                antiexpert,
-                alpha,
-                self.columns,
-                missing_shift=shift,
-                compiled=self.compiled,
-            )
+        own = combine_logits(
+            base,
+            expert,
+            antiexpert,
+            steering.alpha,
+            self.columns,
+            missing_shift=shift,
+            plausibility=steering.plausibility,
+            gather=self.exchange.gather,
+            masked=masked,
+            compiled=self.compiled,
+        )
         return nn.functional.pad(own, (0, self.width - own.shape[1]))
 
-    def combined(self, logits: MemberLogits, alpha: torch.Tensor) -> torch.Tensor:
+    def combined(
+        self, logits: MemberLogits, steering: Steering, masked: bool = True
+    ) -> torch.Tensor:
         """The whole distribution ``[N, V]`` float32 on every rank, from one gather."""
-        own = self.combined_local(logits, alpha)
+        own = self.combined_local(logits, steering, masked)
         return tensor_model_parallel_all_gather(own)[:, : self.columns.total]
 
     def shared_rows(self) -> list[Range] | None:
@@ -200,3 +213,34 @@ class FusedHeads:
             columns=self.columns,
         )
         return tokens if self.exchange is None else merge_ranks(self.exchange, scores, tokens)
+
+
+def fused_heads_of(model: "ProxyTunedForCausalLM") -> FusedHeads | None:
+    """The heads' weights; None, so that logits are stored, where vocabularies do not fit.
+
+    Raises:
+        UserError: a member's head cannot be read as one weight matrix.
+    """
+    members, sharded = model.members(), model.sharded_heads
+    dtypes = [model.member_configs[role].model_config.dtype for role in ROLES]
+    ranks = get_tp_group().world_size
+    if (ranks > 1 and sharded is None) or not FusedHeads.supports(members, dtypes):
+        raise UserError(
+            "--fused-head-max-batch: a member's output head is quantised or does more than"
+            " multiply; leave the option out"
+        )
+    if model.columns.some_missing or model.proxy_config.unnamed_tokens:
+        logger.warning(
+            "--fused-head-max-batch is without effect: the base has tokens that %s",
+            "a small member lacks" if model.columns.some_missing else "no tokenizer names",
+        )
+        return None
+    if sharded is not None and sharded.shared_rows() is None:
+        logger.warning(
+            "--fused-head-max-batch is without effect: %d ranks split the vocabularies of %s"
+            " tokens at different places",
+            ranks,
+            ", ".join(str(model.vocab_sizes[role]) for role in ROLES),
+        )
+        return None
+    return FusedHeads(members, model.columns, sharded)

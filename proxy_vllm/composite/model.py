@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CompilationMode
-from vllm.distributed import get_pp_group, get_tp_group
+from vllm.distributed import get_pp_group
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import SupportsPP, supports_pp
@@ -16,7 +16,13 @@ from vllm.sequence import IntermediateTensors
 
 from proxy_vllm.composite.attention import give_own_attention, has_states, separate_attention
 from proxy_vllm.composite.formula import combine_logits
-from proxy_vllm.composite.heads import FusedHeads, MemberLogits, ShardedHeads, each_once
+from proxy_vllm.composite.heads import (
+    FusedHeads,
+    MemberLogits,
+    ShardedHeads,
+    each_once,
+    fused_heads_of,
+)
 from proxy_vllm.composite.member_configs import member_vllm_configs
 from proxy_vllm.composite.members import (
     build_member,
@@ -32,6 +38,7 @@ from proxy_vllm.composite.token_map import number_as_base
 from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
 from proxy_vllm.kernels.columns import Columns
+from proxy_vllm.kernels.row_parameters import Steering
 from proxy_vllm.own_prompts.prompts import unsupported_reason
 
 if TYPE_CHECKING:
@@ -116,7 +123,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         # Ids of members with fewer tokens than the base, made in the first, largest run.
         self._ids: dict[str, torch.Tensor] = {}
         # What ``compute_logits`` combined, for explanations on the V1 runner; None: not kept.
-        self.kept_logits: list[tuple[MemberLogits, torch.Tensor]] | None = None
+        self.kept_logits: list[tuple[MemberLogits, Steering]] | None = None
 
     def members(self) -> list[nn.Module]:
         """Base, expert and antiexpert; one that is the base is the very same module."""
@@ -144,7 +151,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         positions: torch.Tensor,  # [T]
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        alpha: torch.Tensor | None = None,  # [T] float32; None: the server's alpha
+        alpha: torch.Tensor | None = None,  # [T] float32; None: the server's steering
+        plausibility: torch.Tensor | None = None,  # [2, T] float32, given with alpha
         members: "tuple[MemberInputs, ...] | None" = None,  # own inputs of each; None: the common
     ) -> torch.Tensor | IntermediateTensors:
         """Run the three members, over the same tokens unless ``members`` gives each its own.
@@ -154,7 +162,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             intermediate tensors, their names prefixed with the role.
         """
         if members is not None:
-            return self._pack(self._forward_own(members), alpha)
+            return self._pack(self._forward_own(members), alpha, plausibility)
         outputs = {}
         for role in self.run_roles:
             stage = None
@@ -177,7 +185,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
                     for name, tensor in output.items()
                 }
             )
-        return self._pack(outputs, alpha)
+        return self._pack(outputs, alpha, plausibility)
 
     def _kept(self, role: str, output: Any) -> Any:
         return output if role == self.run_roles[-1] else outlive_graphs(output)
@@ -224,19 +232,24 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             buffer = self._ids[role] = ids.new_zeros(max(most, len(ids)))
         return buffer[: len(ids)].copy_(ids).masked_fill_(ids >= size, 0)
 
-    def _pack(self, hidden: dict[str, torch.Tensor], alpha: torch.Tensor | None) -> torch.Tensor:
-        if alpha is None:
+    def _pack(
+        self,
+        hidden: dict[str, torch.Tensor],
+        alpha: torch.Tensor | None,
+        plausibility: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if alpha is None or plausibility is None:
+            values = (self.proxy_config.alpha, *self.proxy_config.plausibility_of(None))
             rows = hidden["base"]
-            alpha = rows.new_full((len(rows),), self.proxy_config.alpha, dtype=torch.float32)
-        return self.packed.pack(hidden, alpha)
+            alpha, *both = (rows.new_full((len(rows),), v, dtype=torch.float32) for v in values)
+            plausibility = torch.stack(both)
+        return self.packed.pack(hidden, alpha, plausibility)
 
-    def unpack(
-        self, packed: torch.Tensor
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:  # 3 x [N, d_m], [N] float32
-        """Take apart rows that ``forward`` returned: hidden state of each member, alpha."""
-        hidden, alpha = self.packed.unpack(packed)
+    def unpack(self, packed: torch.Tensor) -> tuple[list[torch.Tensor], Steering]:  # 3 x [N, d_m]
+        """Take apart rows that ``forward`` returned: hidden state of each member, steering."""
+        hidden, steering = self.packed.unpack(packed)
         shared = self.proxy_config.same_weights
-        return [hidden[r if r in hidden else shared[r]] for r in ROLES], alpha
+        return [hidden[r if r in hidden else shared[r]] for r in ROLES], steering
 
     def _columns(self) -> Columns:
         """Which of the base's tokens the formula covers."""
@@ -282,55 +295,37 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         return logits
 
     def prepare_fused_heads(self) -> None:
-        """Set ``fused_heads`` once the weights are in their final form.
-
-        They stay None, and logits are stored, where tensor-parallel ranks split the members'
-        vocabularies at different tokens.
-
-        Raises:
-            UserError: a member's head cannot be read as one weight matrix.
-        """
-        if not get_pp_group().is_last_rank:
-            return
-        sharded = self.sharded_heads
-        dtypes = [self.member_configs[role].model_config.dtype for role in ROLES]
-        split = get_tp_group().world_size > 1 and sharded is None
-        if split or not FusedHeads.supports(self.members(), dtypes):
-            raise UserError(
-                "--fused-head-max-batch: a member's output head is quantised or does more than"
-                " multiply; leave the option out"
-            )
-        if self.columns.some_missing or self.proxy_config.unnamed_tokens:
-            logger.warning(
-                "--fused-head-max-batch is without effect: the base has tokens that %s",
-                "a small member lacks" if self.columns.some_missing else "no tokenizer names",
-            )
-            return
-        if sharded is not None and sharded.shared_rows() is None:
-            logger.warning(
-                "--fused-head-max-batch is without effect: %d ranks split the vocabularies of %s"
-                " tokens at different places",
-                get_tp_group().world_size,
-                ", ".join(str(self.vocab_sizes[role]) for role in ROLES),
-            )
-            return
-        self.fused_heads = FusedHeads(self.members(), self.columns, sharded)
+        """Set ``fused_heads`` once the weights are in their final form, where they fit."""
+        if get_pp_group().is_last_rank:
+            self.fused_heads = fused_heads_of(self)
 
     def combine(
         self,
         logits: MemberLogits,
-        alpha: torch.Tensor,  # [N] float32
+        steering: Steering,  # of N rows
         rows: torch.Tensor | None = None,
+        masked: bool = True,
     ) -> torch.Tensor:  # [N or rows, V] float32
-        """The formula over what ``logits_for_sampling`` gave, for some rows or all."""
+        """The formula over what ``logits_for_sampling`` gave, for some rows or all.
+
+        Args:
+            masked: whether some row may lose implausible tokens, which costs a GPU a launch.
+        """
         if rows is not None:
-            logits, alpha = logits.select(rows), alpha[rows]
+            logits, steering = logits.select(rows), steering.select(rows)
         if logits.sharded:
             assert self.sharded_heads is not None
-            return self.sharded_heads.combined(logits, alpha)
+            return self.sharded_heads.combined(logits, steering, masked)
         base, expert, antiexpert = logits.members
         return combine_logits(
-            base, expert, antiexpert, alpha, logits.columns, compiled=self.compiled
+            base,
+            expert,
+            antiexpert,
+            steering.alpha,
+            logits.columns,
+            plausibility=steering.plausibility,
+            masked=masked,
+            compiled=self.compiled,
         )
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -349,19 +344,19 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         return out
 
     def _combined_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        hidden, alpha = self.unpack(hidden_states)
+        hidden, steering = self.unpack(hidden_states)
         logits = self.logits_for_sampling(hidden)
         if logits.members[0] is None:
             return None  # vLLM gathers logits on one rank only where it cannot on all
         if self.kept_logits is not None:
-            self.kept_logits.append((logits, alpha))
-        return self.combine(logits, alpha)
+            self.kept_logits.append((logits, steering))
+        return self.combine(logits, steering)
 
     def _compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """This rank's columns ``[N, padded width]`` of ``compute_logits``."""
         assert self.sharded_heads is not None
-        hidden, alpha = self.unpack(hidden_states)
-        return self.sharded_heads.combined_local(self.sharded_heads.local(hidden), alpha)
+        hidden, steering = self.unpack(hidden_states)
+        return self.sharded_heads.combined_local(self.sharded_heads.local(hidden), steering)
 
     @property
     def packed_width(self) -> int:

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 
 from proxy_vllm.composite.heads import MemberLogits
+from proxy_vllm.kernels.row_parameters import Steering
 
 if TYPE_CHECKING:
     from proxy_vllm.composite.model import ProxyTunedForCausalLM
@@ -22,7 +23,7 @@ _ROWS = 64
 def member_scores(
     model: "ProxyTunedForCausalLM",
     logits: MemberLogits,
-    alpha: torch.Tensor,  # [N] float32
+    steering: Steering,  # of N rows
     tokens: torch.Tensor,  # [N] int64, drawn
     top: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,11 +41,11 @@ def member_scores(
     if logits.sharded:
         assert model.sharded_heads is not None
         gather: Gather = model.sharded_heads.exchange.gather
-        steered = model.sharded_heads.combined_local(logits, alpha)
+        steered = model.sharded_heads.combined_local(logits, steering)
         steered = steered[:, : logits.members[0].shape[1]]
     else:
         gather = lambda tensor: tensor[None]  # noqa: E731
-        steered = model.combine(logits, alpha)
+        steered = model.combine(logits, steering)
     views = [_some_columns(view[:, : total - columns.start]) for view in (steered, *logits.members)]
     firsts = [_first(view, min(top, total), columns.start, gather) for view in views[:2]]
     ids = torch.cat([tokens[:, None], *firsts], dim=1)

@@ -11,11 +11,12 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from proxy_vllm.composite.heads import MemberLogits
 from proxy_vllm.explain.columns import attach
 from proxy_vllm.explain.scores import member_scores
+from proxy_vllm.kernels.row_parameters import Steering
 
 if TYPE_CHECKING:
     from proxy_vllm.composite.model import ProxyTunedForCausalLM
 
-Kept = list[tuple[MemberLogits, torch.Tensor]]  # members' logits and alpha, of rows in their order
+Kept = list[tuple[MemberLogits, Steering]]  # of rows in their order
 
 
 def explain_step(
@@ -30,15 +31,15 @@ def explain_step(
     tokens = output.sampled_token_ids.long()  # [B, width], -1 behind a request's last
     width = tokens.shape[1]
     first = np.arange(len(tops)) if drafts is None else _first_rows(drafts)
-    last = np.append(first[1:], sum(len(alpha) for _, alpha in kept)) - 1
+    last = np.append(first[1:], sum(len(steering.alpha) for _, steering in kept)) - 1
     step = np.arange(width)
     rows = torch.from_numpy(np.minimum(first[requests, None] + step, last[requests, None]).ravel())
     places = torch.from_numpy((requests[:, None] * width + step).ravel())
-    alpha = torch.cat([alpha for _, alpha in kept])
+    steering = Steering.joined([steering for _, steering in kept])
     ids, scores = member_scores(
         model,
         _joined([logits for logits, _ in kept], rows),
-        alpha[rows],
+        steering.select(rows),
         tokens.flatten()[places].clamp(min=0),
         int(tops.max()),
     )

@@ -239,6 +239,8 @@ class OwnPromptState:
             return Step(batch, members), prepare(batch, block_tables, slot_mappings, attn_groups)
         metadata: dict[str, Any] = {}
         for m, (role, inputs) in enumerate(zip(ROLES, members, strict=True)):
+            if not any(inputs.layers):
+                continue  # the role is the base itself
             fields: dict[str, Any] = {}
             if own:
                 behind = self.pads.np[m, batch.idx_mapping_np]
@@ -269,6 +271,8 @@ class OwnPromptState:
         members = self.static_inputs(batch.num_tokens_after_padding)
         metadata: dict[str, Any] = {}
         for m, (role, inputs) in enumerate(zip(ROLES, members, strict=True)):
+            if not any(inputs.layers):
+                continue  # the role is the base itself
             mine, order = self._batch_of(m, role, batch, inputs)
             tables = tuple(table[order] for table in block_tables)
             metadata |= prepare(mine, tables, inputs.slots, of_role(attn_groups, role))

@@ -9,6 +9,7 @@ from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
 from proxy_vllm.own_prompts.chat_templates import AUTO
 from proxy_vllm.own_prompts.prompts import (
+    NEGATIVE_KEY,
     PROMPT_KEYS,
     RESOLVED_KEY,
     check_ids,
@@ -222,12 +223,21 @@ class MemberPrompts:
         extra_args = getattr(params, "extra_args", None) or {}
         if RESOLVED_KEY in extra_args:
             raise UserError(f"{RESOLVED_KEY} is not for requests to set")
-        if not prompts and not names_own_prompts(extra_args):
+        guided = self.proxy.guided
+        if not prompts and not names_own_prompts(extra_args) and not guided:
             return params
         if self.unsupported is not None:
             raise UserError(f"a prompt for each model: {self.unsupported}")
         check_parameters(params)
         named = {**(prompts or {}), **extra_args}
+        if (negative := named.pop(NEGATIVE_KEY, None)) is not None:
+            if not guided:
+                raise UserError(f"{NEGATIVE_KEY} is for --method cfg")
+            named[PROMPT_KEYS["antiexpert"]] = negative
+        if guided and named.get(PROMPT_KEYS["expert"]) is not None:
+            raise UserError(
+                "--method cfg: the expert is the base and reads its prompt; leave it out"
+            )
         for role, key in PROMPT_KEYS.items():
             if named.get(key) is not None:
                 named[key] = self.ids(role, named[key], add_special_tokens)

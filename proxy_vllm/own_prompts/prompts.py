@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from proxy_vllm.config import ALPHA_KEY, ROLES, ProxyConfig
+from proxy_vllm.config import ALPHA_KEY, GUIDANCE_KEY, ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
 from proxy_vllm.explain.request import EXPLAIN_KEYS
+from proxy_vllm.plausibility import BETA_KEY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 # Keys of `SamplingParams.extra_args`, and over HTTP of `vllm_xargs`.
 PROMPT_KEYS = {"expert": "proxy_expert_prompt", "antiexpert": "proxy_antiexpert_prompt"}
+# The antiexpert's prompt by the name that it has in classifier-free guidance.
+NEGATIVE_KEY = "proxy_negative_prompt"
 # What the scheduler tells the workers: the length of the base's prompt, the other two prompts.
 RESOLVED_KEY = "proxy_own_prompts"
 
@@ -96,7 +99,8 @@ def check_ids(name: str, value: Any) -> list[int]:
 
 
 def names_own_prompts(extra_args: Any) -> bool:
-    return isinstance(extra_args, dict) and any(k in extra_args for k in PROMPT_KEYS.values())
+    keys = (NEGATIVE_KEY, *PROMPT_KEYS.values())
+    return isinstance(extra_args, dict) and any(key in extra_args for key in keys)
 
 
 def refuse_misspelled(names: Iterable[str], place: str = "extra_args") -> None:
@@ -109,7 +113,8 @@ def refuse_misspelled(names: Iterable[str], place: str = "extra_args") -> None:
     Raises:
         UserError: with the right name.
     """
-    letters = {_letters(key): key for key in (ALPHA_KEY, *EXPLAIN_KEYS, *PROMPT_KEYS.values())}
+    keys = (ALPHA_KEY, BETA_KEY, GUIDANCE_KEY, NEGATIVE_KEY, *EXPLAIN_KEYS, *PROMPT_KEYS.values())
+    letters = {_letters(key): key for key in keys}
     known = {*letters.values(), RESOLVED_KEY}
     for name in names:
         if name in known:

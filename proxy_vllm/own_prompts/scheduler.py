@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
@@ -46,6 +47,7 @@ class ProxyScheduler(DraftingScheduler):
         super().__init__(*args, **kwargs)
         self.own_prompts_unsupported = unsupported_reason(self.vllm_config)
         self.member_prompts = MemberPrompts(self.vllm_config)
+        self._guided = self.member_prompts.proxy.guided
         if self.own_prompts_unsupported is None:
             _ = self.member_prompts.configs  # read now, and not while requests run
         # Base's padding of each request with own prompts that has not been scheduled yet.
@@ -54,6 +56,10 @@ class ProxyScheduler(DraftingScheduler):
 
     def add_request(self, request: Request) -> None:
         params = request.sampling_params
+        if self._guided and params is not None and request.prompt_token_ids:
+            params = request.sampling_params = _with_negative_prompt(
+                params, request.prompt_token_ids
+            )
         extra_args = params.extra_args if params is not None else None
         if extra_args and (names_own_prompts(extra_args) or RESOLVED_KEY in extra_args):
             try:
@@ -131,6 +137,18 @@ class ProxyScheduler(DraftingScheduler):
         self._base_pads.pop(request.request_id, None)
         self._refused.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)
+
+
+def _with_negative_prompt(params: SamplingParams, prompt: list[int]) -> SamplingParams:
+    """A request that names none is guided away from its prompt's last token alone.
+
+    So Sanchez et al. 2023 (section 3) have it: the unconditional model still has to see something.
+    """
+    if (params.extra_args or {}).get(PROMPT_KEYS["antiexpert"]) is not None:
+        return params
+    params = copy.copy(params)
+    params.extra_args = {**(params.extra_args or {}), PROMPT_KEYS["antiexpert"]: prompt[-1:]}
+    return params
 
 
 class ProxyAsyncScheduler(ProxyScheduler, AsyncScheduler):

@@ -14,20 +14,26 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from proxy_vllm.config import ALPHA_KEY, ProxyConfig
+from proxy_vllm.config import ALPHA_KEY, GUIDANCE_KEY, ProxyConfig
 from proxy_vllm.errors import UserError
 from proxy_vllm.explain.request import EXPLAIN_KEY, TOP_KEY, asked_top, check_engine
 from proxy_vllm.own_prompts.prompts import (
+    NEGATIVE_KEY,
     PROMPT_KEYS,
     RESOLVED_KEY,
     check_tokenization,
+    names_own_prompts,
     refuse_misspelled,
 )
+from proxy_vllm.plausibility import BETA_KEY
 from proxy_vllm.server.metrics import SCOPE_KEY
 from proxy_vllm.spec_decode.admission import admit_every_parameter
 
 _XARGS = "vllm_xargs"
-_OUR_KEYS = (ALPHA_KEY, TOP_KEY, EXPLAIN_KEY, *PROMPT_KEYS.values())
+_OUR_KEYS = (
+    *(ALPHA_KEY, BETA_KEY, GUIDANCE_KEY, TOP_KEY, EXPLAIN_KEY),
+    *(NEGATIVE_KEY, *PROMPT_KEYS.values()),
+)
 # Bodies that mention none of these pass without being parsed; see _may_name_our_keys.
 _ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 # The place of our keys is a mention too: a misspelled key there is refused by its right name.
@@ -145,8 +151,9 @@ class AdmissionMiddleware:
                 f"this server has chat templates of each model's own, which {_CHAT} applies and"
                 f" {path} does not: use {_CHAT}"
             )
+        guided = proxy.guided and path.endswith((*_CHATS, *_COMPLETES, _EITHER, _TOKENS))
         chat = templates and path.endswith((*_CHATS, _EITHER))
-        if not chat and not _may_name_our_keys(body):
+        if not chat and not guided and not _may_name_our_keys(body):
             return None
         try:
             # NaN and Infinity are not JSON, but Python's parser (and so vLLM's) takes them.
@@ -168,15 +175,18 @@ class AdmissionMiddleware:
         _check_places(request, fields, place, named)
         refuse_misspelled(named, place)
         scope[SCOPE_KEY] = proxy.alpha_of(named)
+        proxy.beta_of(named)
         explains = asked_top(named) is not None
         chat = chat and isinstance(request.get("messages"), list)
-        prompts = chat or not named.keys().isdisjoint((*PROMPT_KEYS.values(), RESOLVED_KEY))
+        own = {*PROMPT_KEYS.values(), NEGATIVE_KEY, RESOLVED_KEY}
+        prompts = chat or guided or not named.keys().isdisjoint(own)
         if xargs is not None and not isinstance(xargs, dict):
             return None  # vLLM answers what is no object itself
         ours = prompts or not named.keys().isdisjoint(_OUR_KEYS)
         if request.get("use_beam_search") and ours:
             raise UserError(
-                f"use_beam_search reads no {place}, and so neither {ALPHA_KEY}, {EXPLAIN_KEY} nor"
+                f"use_beam_search reads no {place}, and so neither {ALPHA_KEY}, {BETA_KEY},"
+                f" {EXPLAIN_KEY} nor"
                 " prompts of each model's own: leave it out, or ask for n answers and keep the"
                 " likeliest"
             )
@@ -229,7 +239,8 @@ class AdmissionMiddleware:
             if rendered is None:
                 return None
             prompts = rendered
-        _check_base_prompt(request)
+        if chat or names_own_prompts(named):
+            _check_base_prompt(request)
         reads_messages = "messages" in request
         prompt_logprobs = fields.get("prompt_logprobs")
         # vLLM turns an echo of log-probabilities into this, and so it does any echo of a chat.

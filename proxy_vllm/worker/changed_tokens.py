@@ -1,5 +1,6 @@
 """How often steering changes the likeliest token, measured in one step of every so many."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,12 +49,14 @@ class ChangedTokens:
             first = self._steps // self.every * _ROWS
             index = (torch.arange(_ROWS, device=packed.device) + first) % count
             packed, emits = packed[index], emits[index]
-        hidden, alpha = model.unpack(packed)
+        hidden, steering = model.unpack(packed)
+        alpha = steering.alpha
         logits = model.logits_for_sampling(hidden)
         if logits.members[0] is None:
             return  # vLLM gathers logits on one rank only where it cannot on all
-        steered = model.combine(logits, alpha).argmax(dim=-1)
-        alone = model.combine(logits, torch.zeros_like(alpha)).argmax(dim=-1)
+        base = replace(steering, alpha=torch.zeros_like(alpha))
+        steered = model.combine(logits, steering).argmax(dim=-1)
+        alone = model.combine(logits, base, masked=False).argmax(dim=-1)
         counted = emits & (alpha != 0)
         self._counts += torch.stack([counted.sum(), (counted & (steered != alone)).sum()])
 

@@ -31,7 +31,7 @@ class _Known(NamedTuple):
     """What a request asks for, and the parameters that it was read from."""
 
     params: SamplingParams | None
-    alpha: float
+    steering: tuple[float, float, float]  # alpha, log beta, drop
     top: int  # how many of the likeliest tokens to explain; 0 for none
 
 
@@ -77,6 +77,13 @@ class ProxyCPUModelRunner(AdapterRunner, CPUModelRunner):
             row = torch.zeros(1, self.model.packed_width, dtype=self.model.hidden_dtype)
             self.model.compute_logits(row)
 
+    def _steering_of(
+        self, params: SamplingParams | None, adapter: Any = None
+    ) -> tuple[float, float, float]:
+        config = self.proxy_config
+        alpha = config.alpha if params is None else config.worker_alpha(params, adapter)
+        return alpha, *config.plausibility_of(params)
+
     def _known(self) -> list[_Known]:
         """What each row's request asks for. It is read once, unless its parameters are replaced."""
         if len(self.known) > 2 * self.max_num_reqs:
@@ -87,8 +94,10 @@ class ProxyCPUModelRunner(AdapterRunner, CPUModelRunner):
             params = request.sampling_params
             known = self.known.get(req_id)
             if known is None or known.params is not params:
-                alpha = self.proxy_config.worker_alpha(params, request.lora_request)
-                known = self.known[req_id] = _Known(params, alpha, worker_top(params))
+                known = _Known(
+                    params, self._steering_of(params, request.lora_request), worker_top(params)
+                )
+                self.known[req_id] = known
             rows.append(known)
         return rows
 
@@ -100,12 +109,15 @@ class ProxyCPUModelRunner(AdapterRunner, CPUModelRunner):
 
     def _model_forward(self, *args: Any, positions: torch.Tensor, **kwargs: Any) -> Any:
         known = self._known()
-        alphas = np.array([row.alpha for row in known], dtype=np.float32)
-        tokens = np.diff(self.query_start_loc.np[: len(alphas) + 1])
-        alpha = torch.full((positions.shape[-1],), self.proxy_config.alpha, dtype=torch.float32)
-        alpha[: tokens.sum()] = torch.from_numpy(np.repeat(alphas, tokens))
+        rows = np.array([row.steering for row in known], dtype=np.float32).reshape(-1, 3)
+        tokens = np.diff(self.query_start_loc.np[: len(known) + 1])
+        common = torch.tensor([self._steering_of(None)]).T
+        steering = common.repeat(1, positions.shape[-1])  # [3, T]
+        steering[:, : tokens.sum()] = torch.from_numpy(np.repeat(rows, tokens, axis=0).T)
         self.model.kept_logits = [] if any(row.top for row in known) else None
-        return super()._model_forward(*args, positions=positions, alpha=alpha, **kwargs)
+        return super()._model_forward(
+            *args, positions=positions, alpha=steering[0], plausibility=steering[1:], **kwargs
+        )
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         state = self.execute_model_state

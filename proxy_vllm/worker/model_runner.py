@@ -24,7 +24,7 @@ from proxy_vllm.explain.columns import attach
 from proxy_vllm.explain.scores import member_scores
 from proxy_vllm.kernels.combine_sample import batch_kinds
 from proxy_vllm.kernels.fused_head import head_kinds
-from proxy_vllm.kernels.row_parameters import FILTERS, RowParameters
+from proxy_vllm.kernels.row_parameters import FILTERS, PLAUSIBILITY, RowParameters, Steering
 from proxy_vllm.spec_decode.speculator import ExpertSpeculator
 from proxy_vllm.spec_decode.verification import DraftVerifier
 from proxy_vllm.worker.changed_tokens import ChangedTokens
@@ -81,23 +81,23 @@ class ProxyModelRunner(AdapterRunner, GPUModelRunner):
         heads, buffers = model.sharded_heads, sampler.row_buffers
         most = self.max_num_reqs * self.decode_query_len
 
-        def zeros(count: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        def zeros(count: int) -> tuple[list[torch.Tensor], Steering]:
             shape = (count, model.packed_width)
             return model.unpack(torch.zeros(shape, dtype=model.hidden_dtype, device=self.device))
 
         for count in batch_kinds(most, heads.width if heads else model.vocab_size):
-            hidden, alpha = zeros(count)
+            hidden, steering = zeros(count)
             logits = model.logits_for_sampling(hidden)
             # The other mixes of filters launch some of the same kernels.
-            for filters in ((), ("top_p",), ("top_k", "top_p")):
-                sampler.draw(logits, buffers.rows(alpha, frozenset(filters)))
+            for filters in ((), (PLAUSIBILITY,), ("top_p",), ("top_k", "top_p")):
+                sampler.draw(logits, buffers.rows(steering, frozenset(filters)))
             # Chosen rows lie closer together than vLLM's logits, which are padded.
-            model.combine(logits, alpha)
-            model.combine(logits, alpha, torch.arange(count, device=self.device))
+            model.combine(logits, steering)
+            model.combine(logits, steering, torch.arange(count, device=self.device))
         if model.fused_heads is not None:
             for count in head_kinds(min(most, model.proxy_config.fused_head_max_batch)):
-                hidden, alpha = zeros(count)
-                self.draw(hidden, buffers.rows(alpha, frozenset()))
+                hidden, steering = zeros(count)
+                self.draw(hidden, buffers.rows(steering, frozenset()))
 
     @torch.inference_mode()
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
@@ -111,11 +111,12 @@ class ProxyModelRunner(AdapterRunner, GPUModelRunner):
             super()._dummy_sampler_run(hidden_states)
             return
         count = hidden_states.shape[0]
-        hidden, alpha = self.model.unpack(hidden_states)
+        hidden, steering = self.model.unpack(hidden_states)
         logits = self.model.logits_for_sampling(hidden)
-        sampler.draw(logits, sampler.row_buffers.rows(alpha, frozenset(FILTERS)))
+        used = frozenset((*FILTERS, PLAUSIBILITY))
+        sampler.draw(logits, sampler.row_buffers.rows(steering, used))
         rows = torch.arange(count, device=self.device)
-        combined = self.model.combine(logits, alpha, rows)
+        combined = self.model.combine(logits, steering, rows)
         sampler(combined, InputBatch.make_dummy(count, count, self.input_buffers))
 
     def draw(
@@ -126,7 +127,7 @@ class ProxyModelRunner(AdapterRunner, GPUModelRunner):
         """One token a row, from the head weights where those fit, else from logits."""
         model, heads = self.model, self.model.fused_heads
         fits = heads is not None and len(hidden[0]) <= model.proxy_config.fused_head_max_batch
-        if fits and not rows.filtered and not self.sampler.use_fp64_gumbel:
+        if fits and not rows.filtered and not rows.masked and not self.sampler.use_fp64_gumbel:
             return heads.sample(hidden, rows)
         return self.sampler.draw(model.logits_for_sampling(hidden), rows)
 
@@ -226,8 +227,8 @@ class ProxyModelRunner(AdapterRunner, GPUModelRunner):
             output = sampler.output_of(graphs.sample(hidden_states, input_batch), input_batch)
             return output, output.num_sampled, output.num_rejected
 
-        hidden, alpha = self.model.unpack(hidden_states[input_batch.logits_indices])
-        parameters = sampler.rows_of(input_batch, alpha)
+        hidden, steering = self.model.unpack(hidden_states[input_batch.logits_indices])
+        parameters = sampler.rows_of(input_batch, steering)
         if len(others) or len(scored) or len(explained):
             logits = self.model.logits_for_sampling(hidden)
             tokens = sampler.draw(logits, parameters)
@@ -236,18 +237,20 @@ class ProxyModelRunner(AdapterRunner, GPUModelRunner):
         output = sampler.output_of(tokens, input_batch)
         if len(scored):
             index = async_tensor_h2d(logit_rows(input_batch, scored), device=self.device)
-            found = sampler.logprobs_by_shards(logits, alpha, tokens, input_batch, scored, index)
+            found = sampler.logprobs_by_shards(
+                logits, parameters, tokens, input_batch, scored, index
+            )
             merge_logprobs(output, found, index)
         if len(others):
             part, index = select_requests(input_batch, others, self.device)
-            combined = self.model.combine(logits, alpha, index)
+            combined = self.model.combine(logits, steering, index, parameters.masked)
             if grammar_output is not None:
                 self.structured_outputs_worker.apply_grammar_bitmask(
                     combined, part, grammar_ids, grammar_output.grammar_bitmask
                 )
             output = merge(output, sampler(combined, part), index)
         if len(explained):
-            self._explain(output, logits, alpha, input_batch, explained)
+            self._explain(output, logits, steering, input_batch, explained)
         if drafted:
             invalid = None
             if grammar_output is not None:
@@ -261,7 +264,7 @@ class ProxyModelRunner(AdapterRunner, GPUModelRunner):
         self,
         output: SamplerOutput,  # a token for each row of logits
         logits: MemberLogits,
-        alpha: torch.Tensor,  # [N] float32
+        steering: Steering,  # of N rows
         input_batch: InputBatch,
         requests: np.ndarray,
     ) -> None:
@@ -271,6 +274,6 @@ class ProxyModelRunner(AdapterRunner, GPUModelRunner):
         tokens = output.sampled_token_ids[:, 0]
         top = int(self.sampler.explain_top[input_batch.idx_mapping_np[requests]].max())
         ids, scores = member_scores(
-            self.model, logits.select(index), alpha[index], tokens[index], top
+            self.model, logits.select(index), steering.select(index), tokens[index], top
         )
         output.logprobs_tensors = attach(output.logprobs_tensors, len(tokens), index, ids, scores)

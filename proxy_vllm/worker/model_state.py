@@ -25,20 +25,29 @@ from proxy_vllm.own_prompts.prompts import RESOLVED_KEY, OwnPrompts, unsupported
 
 
 @triton.jit
-def _expand_alpha_kernel(
+def _expand_steering_kernel(
     alpha_ptr,  # [max_num_reqs] float32, by request slot
+    plausibility_ptr,  # [2, max_num_reqs] float32
+    plausibility_stride,
     idx_mapping_ptr,  # [num_reqs] batch row -> request slot
     query_start_loc_ptr,  # [num_reqs + 1]
     out_ptr,  # [num_tokens] float32
+    out_plausibility_ptr,  # [2, num_tokens] float32
+    out_plausibility_stride,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    alpha = tl.load(alpha_ptr + tl.load(idx_mapping_ptr + row))
+    slot = tl.load(idx_mapping_ptr + row)
+    alpha = tl.load(alpha_ptr + slot)
+    log_beta = tl.load(plausibility_ptr + slot)
+    drop = tl.load(plausibility_ptr + plausibility_stride + slot)
     start = tl.load(query_start_loc_ptr + row)
     end = tl.load(query_start_loc_ptr + row + 1)
     for offset in range(start, end, BLOCK):
         index = offset + tl.arange(0, BLOCK)
         tl.store(out_ptr + index, alpha, mask=index < end)
+        tl.store(out_plausibility_ptr + index, log_beta, mask=index < end)
+        tl.store(out_plausibility_ptr + out_plausibility_stride + index, drop, mask=index < end)
 
 
 class _ProxyState(DefaultModelState):
@@ -58,10 +67,15 @@ class _ProxyState(DefaultModelState):
         self.alpha = UvaBackedTensor(self.max_num_reqs, dtype=torch.float32)
         self.alpha.np[:] = self.proxy_config.alpha
         self.alpha.copy_to_uva()
+        self.plausibility = UvaBackedTensor((2, self.max_num_reqs), dtype=torch.float32)
+        common = torch.tensor([self.proxy_config.plausibility_of(None)]).T
+        self.plausibility.np[:] = common.numpy()
+        self.plausibility.copy_to_uva()
         # One address for every step: CUDA graphs replay over it.
         self.token_alpha = torch.full(
             (self.max_num_tokens,), self.proxy_config.alpha, dtype=torch.float32, device=device
         )
+        self.token_plausibility = common.repeat(1, self.max_num_tokens).to(device)
         # None: this engine cannot run own prompts, and everything is vLLM's own.
         self.own: OwnPromptState | None = None
         if unsupported_reason(vllm_config) is None:
@@ -86,6 +100,7 @@ class _ProxyState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
         self.alpha.np[req_index] = self.proxy_config.worker_alpha(params, new_req_data.lora_request)
+        self.plausibility.np[:, req_index] = self.proxy_config.plausibility_of(params)
         if self.own is not None:
             data = (params.extra_args or {}).get(RESOLVED_KEY) if params is not None else None
             prompt = new_req_data.prompt_token_ids
@@ -100,6 +115,7 @@ class _ProxyState(DefaultModelState):
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()
         self.alpha.copy_to_uva()
+        self.plausibility.copy_to_uva()
         if self.own is not None:
             self.own.pads.copy_to_uva()
 
@@ -144,24 +160,35 @@ class _ProxyState(DefaultModelState):
         self, input_batch: InputBatch, req_states: RequestState
     ) -> dict[str, torch.Tensor | None]:
         inputs = super().prepare_inputs(input_batch, req_states)
-        _expand_alpha_kernel[(input_batch.num_reqs,)](
+        _expand_steering_kernel[(input_batch.num_reqs,)](
             self.alpha.gpu,
+            self.plausibility.gpu,
+            self.plausibility.gpu.stride(0),
             input_batch.idx_mapping,
             input_batch.query_start_loc,
             self.token_alpha,
+            self.token_plausibility,
+            self.token_plausibility.stride(0),
             BLOCK=256,
         )
-        inputs["alpha"] = self.token_alpha[: input_batch.num_tokens_after_padding]
+        inputs |= self._steering(input_batch.num_tokens_after_padding)
         if self.step is not None and self.step.batch is input_batch:
             inputs["members"] = self.step.members  # type: ignore[assignment]
         return inputs
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
-        inputs["alpha"] = self.token_alpha[:num_tokens]
+        inputs |= self._steering(num_tokens)
         if self.own is not None:
             inputs["members"] = self.own.static_inputs(num_tokens)
         return inputs
+
+    def _steering(self, num_tokens: int) -> dict[str, torch.Tensor]:
+        """What the composite's forward takes of each token's request, at the same addresses."""
+        return {
+            "alpha": self.token_alpha[:num_tokens],
+            "plausibility": self.token_plausibility[:, :num_tokens],
+        }
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
         """Model Runner V2's hook: our sampler, and draft verification on top of it."""
@@ -170,7 +197,8 @@ class _ProxyState(DefaultModelState):
         if self.vllm_config.watermark_config is not None:
             return None  # vLLM's watermarking sampler draws the token itself
         heads = self.model.sharded_heads
-        ours = ProxySampler(sampler, self.device, heads.exchange if heads is not None else None)
+        exchange = heads.exchange if heads is not None else None
+        ours = ProxySampler(sampler, self.device, self.proxy_config, exchange)
         speculative = self.vllm_config.speculative_config
         if speculative is None:
             return ours, None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.triton_utils import tl, triton
 
-from proxy_vllm.kernels.row_parameters import FILTERS, RowParameters
+from proxy_vllm.kernels.row_parameters import FILTERS, RowParameters, Steering
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -57,7 +57,7 @@ def _gather_kernel(
 
 
 class RowBuffers:
-    """Device vectors of every sampling parameter but alpha, which comes with the hidden states."""
+    """Device vectors of every sampling parameter but those that come with the hidden states."""
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
         def zeros(dtype: torch.dtype) -> torch.Tensor:
@@ -93,15 +93,15 @@ class RowBuffers:
             BLOCK=_BLOCK,
         )
 
-    def rows(self, alpha: torch.Tensor, filters: frozenset[str]) -> RowParameters:
-        """The first ``len(alpha)`` rows, with all filters unless none is used.
+    def rows(self, steering: Steering, filters: frozenset[str]) -> RowParameters:
+        """As many rows as are steered, with all filters unless none is used.
 
         Args:
-            alpha: ``[B]`` float32.
-            filters: names of those that some row may use.
+            filters: names of those that some row may use, and ``log_beta`` likewise.
         """
+        alpha, log_beta = steering.alpha, steering.plausibility.log_beta
         vectors = {name: vector[: alpha.shape[0]] for name, vector in self.vectors.items()}
-        if not filters:
+        if filters.isdisjoint(FILTERS):
             for name in FILTERS:
                 del vectors[name]
-        return RowParameters(alpha=alpha, **vectors, used=filters)
+        return RowParameters(alpha=alpha, log_beta=log_beta, **vectors, used=filters)

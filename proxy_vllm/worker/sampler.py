@@ -20,12 +20,13 @@ of its own.
 A request that verifies drafts has a row of logits for each of them and one more; a row is drawn as
 if it stood alone (see ``spec_decode/verification.py``).
 
-Alpha reaches both paths by one road, as bits in the hidden states (see ``composite/model.py``),
-because vLLM's own code between the model and ``compute_logits`` picks rows of hidden states and
-knows nothing of request slots. Every other parameter comes from vLLM's request slots
-(``row_buffers.py``).
+Alpha and the plausibility threshold reach both paths by one road, as bits in the hidden states (see
+``composite/packed_rows.py``), because vLLM's own code between the model and ``compute_logits``
+picks rows of hidden states and knows nothing of request slots. Every other parameter comes from
+vLLM's request slots (``row_buffers.py``).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -40,9 +41,10 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
 from proxy_vllm.composite.heads import MemberLogits
+from proxy_vllm.config import ProxyConfig
 from proxy_vllm.explain.request import without_rows, worker_top
 from proxy_vllm.kernels.combine_sample import proxy_sample
-from proxy_vllm.kernels.row_parameters import RowParameters
+from proxy_vllm.kernels.row_parameters import PLAUSIBILITY, RowParameters, Steering
 from proxy_vllm.kernels.sharded import Exchange, ShardedSampler
 from proxy_vllm.worker.row_buffers import RowBuffers
 
@@ -57,22 +59,29 @@ class ProxySampler(Sampler):
     Args:
         sampler: the sampler that vLLM made; its state is taken over, not copied.
         device: of the logits.
+        proxy_config: of the engine.
         exchange: what tensor-parallel ranks talk through, where heads are sharded.
     """
 
     def __init__(
-        self, sampler: Sampler, device: torch.device, exchange: Exchange | None = None
+        self,
+        sampler: Sampler,
+        device: torch.device,
+        proxy_config: ProxyConfig,
+        exchange: Exchange | None = None,
     ) -> None:
         # vLLM makes its sampler before it asks for ours and keeps no other reference to it. All
         # state is in attributes (`Sampler` has no slots), which stay the very same objects.
         self.__dict__.update(sampler.__dict__)
-        self.exchange = exchange
+        self.proxy_config, self.exchange = proxy_config, exchange
         # vLLM's name for the rows of logits that a request may have: one, and one a draft token.
         most = self.sampling_states.max_num_reqs * self.num_speculative_tokens
         self.row_buffers = RowBuffers(most, device)
         self.needs_distribution = np.zeros_like(self.needs_logits_processing)
         # How many of the likeliest tokens a request wants explained, by slot; 0 for none.
         self.explain_top: np.ndarray = np.zeros(len(self.needs_distribution), dtype=int)
+        # Requests that may lose implausible tokens.
+        self.masked = np.zeros_like(self.needs_logits_processing)
         self.fusable = (
             type(sampler) is Sampler
             and not self.compute_nans
@@ -84,6 +93,8 @@ class ProxySampler(Sampler):
         super().add_request(req_idx, without_rows(sampling_params))
         self.explain_top[req_idx] = worker_top(sampling_params)
         self.needs_distribution[req_idx] = self._wants_distribution(req_idx)
+        log_beta, _ = self.proxy_config.plausibility_of(sampling_params)
+        self.masked[req_idx] = log_beta > -math.inf
 
     def _wants_distribution(self, req_idx: int) -> bool:
         """Whether a request's parameters go beyond what the fused path knows.
@@ -139,17 +150,18 @@ class ProxySampler(Sampler):
         return np.flatnonzero(self.explain_top[input_batch.idx_mapping_np])
 
     def filters(self, input_batch: InputBatch) -> frozenset[str]:
-        """Which of top_k, top_p and min_p a row of the batch uses."""
+        """Which of top_k, top_p and min_p a row of the batch uses, and whether one is masked."""
         states, slots = self.sampling_states, input_batch.idx_mapping_np
+        masked = (PLAUSIBILITY,) if self.masked[slots].any() else ()
         off = {"top_k": states.vocab_size, "top_p": 1.0, "min_p": 0.0}
-        return frozenset(
+        return frozenset(masked).union(
             name for name, value in off.items() if np.any(getattr(states, name).np[slots] != value)
         )
 
     def rows_of(
         self,
         input_batch: InputBatch,
-        alpha: torch.Tensor,  # [B] float32, of each row of logits
+        steering: Steering,  # of each row of logits
     ) -> RowParameters:
         """What decides the tokens of a batch besides its logits.
 
@@ -157,7 +169,7 @@ class ProxySampler(Sampler):
         own and hold until the next call.
         """
         self.row_buffers.gather(input_batch, self.sampling_states)
-        return self.row_buffers.rows(alpha, self.filters(input_batch))
+        return self.row_buffers.rows(steering, self.filters(input_batch))
 
     def draw(self, logits: MemberLogits, rows: RowParameters) -> torch.Tensor:  # [B] int64
         """One token a row from the members' logits."""
@@ -178,7 +190,7 @@ class ProxySampler(Sampler):
     def logprobs_by_shards(
         self,
         logits: MemberLogits,
-        alpha: torch.Tensor,  # [N] float32
+        rows: RowParameters,  # of N rows
         tokens: torch.Tensor,  # [N] int64
         input_batch: InputBatch,
         requests: np.ndarray,
@@ -192,7 +204,7 @@ class ProxySampler(Sampler):
             base,
             expert,
             antiexpert,
-            alpha[index],
+            rows.select(index),
             tokens[index],
             int(self.sampling_states.num_logprobs[slots].max()),
             columns=logits.columns,

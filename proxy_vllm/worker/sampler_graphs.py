@@ -17,7 +17,7 @@ import torch
 from vllm.compilation.cudagraph_pool import capture_pool
 from vllm.utils.torch_utils import current_stream
 
-from proxy_vllm.kernels.row_parameters import FILTERS, RowParameters
+from proxy_vllm.kernels.row_parameters import FILTERS, PLAUSIBILITY, RowParameters
 from proxy_vllm.worker.sampler import ProxySampler
 
 if TYPE_CHECKING:
@@ -81,8 +81,9 @@ class SamplerGraphs:
 
     def _work(self, size: int, filtered: bool) -> None:
         """What is recorded: reads and writes this object's buffers alone."""
-        hidden, alpha = self.model.unpack(self.hidden[:size])
-        rows = self.sampler.row_buffers.rows(alpha, frozenset(FILTERS if filtered else ()))
+        hidden, steering = self.model.unpack(self.hidden[:size])
+        used = frozenset((*FILTERS, PLAUSIBILITY) if filtered else ())
+        rows = self.sampler.row_buffers.rows(steering, used)
         self.tokens[:size] = self.draw(hidden, rows)
 
     def holds(self, num_rows: int) -> bool:

@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from proxy_vllm.kernels.combine_sample import proxy_sample
 from proxy_vllm.kernels.fused_head import fused_head_sample
-from proxy_vllm.kernels.row_parameters import RowParameters
+from proxy_vllm.kernels.row_parameters import Plausibility, RowParameters, Steering
 from proxy_vllm.worker.row_buffers import RowBuffers
 
 
@@ -63,7 +63,9 @@ class SamplerInputs:
         buffers, batch, states = self._engine
         buffers.gather(batch, states)
         used = self.rows.used if self.rows.filtered else frozenset()
-        return buffers.rows(self.rows.alpha, used)
+        alpha = self.rows.alpha
+        off = Plausibility(alpha.new_full(alpha.shape, -torch.inf), alpha.new_zeros(alpha.shape))
+        return buffers.rows(Steering(alpha, off), used)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ def compile_only(compiled: dict, arch: int = 90) -> None:
 
 def _run_all(quick: bool) -> None:
     """Every public function at a small and a large batch, with and without filters."""
+    from dataclasses import replace
+
     import torch
 
     from proxy_vllm.kernels import combine_sample, fused_head
@@ -87,14 +89,14 @@ def _run_all(quick: bool) -> None:
         if filtered:
             top_k = empty(rows, dtype=torch.int32)
             filters = {"top_k": top_k, "top_p": empty(rows), "min_p": empty(rows)}
-        return RowParameters(empty(rows), empty(rows), ids, ids, **filters)
+        return RowParameters(empty(rows), empty(rows), ids, ids, **filters, log_beta=empty(rows))
 
     for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
         for rows in (64,) if quick else (1, 64):
             logits = [empty(rows, vocab, dtype=dtype)] * 3
             for filtered in (False, True):
                 combine_sample.proxy_sample(*logits, parameters(rows, filtered))
-            combine_sample.proxy_combine(*logits, empty(rows))
+            combine_sample.proxy_combine(*logits, empty(rows), log_beta=empty(rows))
             ShardedSampler(Exchange()).sample(
                 *logits, parameters(rows, True), columns=Columns.of(*logits)
             )
@@ -102,7 +104,10 @@ def _run_all(quick: bool) -> None:
             weights = [empty(1024, h.shape[1], dtype=dtype) for h in hidden]
             # A scale other than 1 is where a compiler may contract what has to cancel.
             fused_head.fused_head_sample(
-                hidden, weights, parameters(rows, False), scales=(1.0, 0.5, 0.5)
+                hidden,
+                weights,
+                replace(parameters(rows, False), used=frozenset()),
+                scales=(1.0, 0.5, 0.5),
             )
     if not quick:
         # Float64 noise changes the launches that draw.

@@ -103,7 +103,14 @@ def make_filters(rows: int, *, seed: int = 1, kinds: str = "kpm") -> dict[str, t
     top_k[off[:, 0]] = 0
     top_p[off[:, 1]] = 1
     min_p[off[:, 2]] = 0
-    named = {"k": ("top_k", top_k), "p": ("top_p", top_p), "m": ("min_p", min_p)}
+    log_beta = (torch.rand(rows, generator=generator) * 0.3).log()
+    log_beta[off[:, 0]] = -torch.inf
+    named = {
+        "k": ("top_k", top_k),
+        "p": ("top_p", top_p),
+        "m": ("min_p", min_p),
+        "b": ("log_beta", log_beta),
+    }
     return dict(named[kind] for kind in kinds)
 
 

@@ -21,7 +21,8 @@ import triton  # noqa: E402
 
 from proxy_vllm.composite.heads import FusedHeads, MemberLogits  # noqa: E402
 from proxy_vllm.kernels.columns import Columns  # noqa: E402
-from proxy_vllm.kernels.combine_sample import proxy_combine  # noqa: E402
+from proxy_vllm.kernels.combine_sample import find_base_max, proxy_combine  # noqa: E402
+from proxy_vllm.kernels.row_parameters import Plausibility, Steering  # noqa: E402
 from proxy_vllm.worker.model_runner import ProxyModelRunner  # noqa: E402
 from proxy_vllm.worker.row_buffers import RowBuffers  # noqa: E402
 from proxy_vllm.worker.sampler import ProxySampler  # noqa: E402
@@ -30,7 +31,7 @@ META = torch.device("meta")
 WIDTHS = (4096, 2048, 2048)
 MAX_REQS = 256
 FUSED = 64
-FILTERS = ("top_k", "top_p", "min_p")
+FILTERS = ("top_k", "top_p", "min_p", "log_beta")
 
 
 class Model:
@@ -49,17 +50,27 @@ class Model:
         self.fused_heads.soft_caps, self.fused_heads.scales = [None] * 3, [1.0] * 3
 
     def unpack(self, packed):
-        return list(packed[:, : sum(WIDTHS)].split(WIDTHS, 1)), empty(packed.shape[0])
+        alpha, log_beta, drop = (empty(packed.shape[0]) for _ in range(3))
+        steering = Steering(alpha, Plausibility(log_beta, drop))
+        return list(packed[:, : sum(WIDTHS)].split(WIDTHS, 1)), steering
 
     def logits_for_sampling(self, hidden):
         rows = hidden[0].shape[0]
         members = [empty(rows, self.padded, dtype=torch.bfloat16) for _ in range(3)]
         return MemberLogits([m[:, : self.vocab_size] for m in members], self.columns, False)
 
-    def combine(self, logits, alpha, rows=None):
+    def combine(self, logits, steering, rows=None, masked=True):
         if rows is not None:
-            logits, alpha = logits.select(rows), alpha[rows]
-        return proxy_combine(*logits.members, alpha, columns=logits.columns)
+            logits, steering = logits.select(rows), steering.select(rows)
+        members, alpha, columns = logits.members, steering.alpha, logits.columns
+        log_beta, drop = steering.plausibility.log_beta, steering.plausibility.drop
+        base_max = empty(len(alpha), 1)
+        if masked:
+            parts = find_base_max(*members, alpha, log_beta, columns)
+            base_max = parts.amax(dim=1, keepdim=True)
+        return proxy_combine(
+            *members, alpha, columns=columns, log_beta=log_beta, drop=drop, base_max=base_max
+        )
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -79,17 +90,18 @@ def runner_of(model: Model) -> ProxyModelRunner:
 def serve(runner: ProxyModelRunner, rows: int, filters: frozenset[str], special: int) -> None:
     """One step of the runner: some rows are special and need their distribution."""
     model, sampler = runner.model, runner.sampler
-    hidden, alpha = model.unpack(empty(rows, model.packed_width, dtype=torch.bfloat16))
-    parameters = sampler.row_buffers.rows(alpha, filters)
+    hidden, steering = model.unpack(empty(rows, model.packed_width, dtype=torch.bfloat16))
+    parameters = sampler.row_buffers.rows(steering, filters)
     if not special:
         runner.draw(hidden, parameters)
         return
     logits = model.logits_for_sampling(hidden)
     if special < rows:
         sampler.draw(logits, parameters)
-        model.combine(logits, alpha, empty(special, dtype=torch.int64))
+        index = empty(special, dtype=torch.int64)
+        model.combine(logits, steering, index, parameters.masked)
     else:
-        model.combine(logits, alpha)
+        model.combine(logits, steering)
 
 
 def main() -> None:
@@ -101,7 +113,7 @@ def main() -> None:
 
     resources.compile_only({})
     triton.knobs.runtime.jit_cache_hook = note
-    mixes = [frozenset(m) for m in chain(*(combinations(FILTERS, n) for n in range(4)))]
+    mixes = [frozenset(m) for m in chain(*(combinations(FILTERS, n) for n in range(5)))]
     batches = [*range(1, 40), 63, 64, 65, 100, 127, 128, 255, 256]
     results = []
     # Llama 3, Qwen 2.5 with its padding, and a vocabulary that nothing divides.

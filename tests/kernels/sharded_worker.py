@@ -62,16 +62,17 @@ def main() -> None:
     results = []
     for kinds in job["kinds"]:
         exchange.calls = exchange.bytes_sent = 0
+        filters = make_filters(case.base.shape[0], kinds=kinds)
         tokens = sampler.sample(
             *shards,
-            case.rows(**on(DEVICE, make_filters(case.base.shape[0], kinds=kinds))),
+            case.rows(**on(DEVICE, filters)),
             columns=columns,
         )
         results.append((tokens.cpu(), exchange.calls, exchange.bytes_sent))
     exchange.calls = exchange.bytes_sent = 0
     logprobs = sampler.logprobs(
         *shards,
-        case.alpha,
+        case.rows(),
         results[0][0].to(DEVICE),
         5,
         columns=columns,

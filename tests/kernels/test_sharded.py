@@ -20,7 +20,7 @@ from proxy_vllm.kernels.sharded import (
 )
 
 ROWS, VOCAB = 5, 333
-KINDS = ["", "m", "k", "p", "kpm"]
+KINDS = ["", "m", "k", "p", "kpm", "b", "kpmb"]
 CASE = {"rows": ROWS, "vocab": VOCAB, "extra": (17, -9), "greedy_every": 4}
 # Uneven on purpose; with 4 ranks one shard is a single column and the last is empty.
 BOUNDS = {
@@ -85,6 +85,7 @@ def test_traffic(ranks):
     assert measured["k"] == (11, ROWS * (pair + extremes + 8 * round_))
     assert measured["p"] == (11, ROWS * (pair + extremes + 8 * round_))
     assert measured["kpm"] == (19, ROWS * (pair + extremes + 16 * round_))
+    assert measured["b"] == (3, ROWS * (pair + 4))
     assert reports[0]["logprob_traffic"] == (3, ROWS * 8 * (12 + 1 + 1))
 
 

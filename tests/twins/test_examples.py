@@ -58,7 +58,7 @@ def test_there_are_examples():
 @pytest.mark.parametrize("block", SHELL, ids=str)
 def test_commands(block: Example, twins, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    if "own-prompts" in block.code or "chat-template" in block.code:
+    if any(part in block.code for part in ("own-prompts", "chat-template", "--method cfg")):
         monkeypatch.setenv("PROXY_VLLM_CPU_RUNNER", "v2")  # what a GPU has
     for path, content in block.files.items():
         (tmp_path / Path(path).name).write_text(twins.fill_ids(content))

@@ -35,8 +35,9 @@ def serve_parser() -> FlexibleArgumentParser:
 class Server:
     """The middleware, and what an application behind it reads."""
 
-    def __init__(self, trio: dict[str, str], options: str = "") -> None:
+    def __init__(self, trio: dict[str, str], options: str = "", base_alone: bool = False) -> None:
         members = [trio["model"], "--expert", trio["expert"], "--antiexpert", trio["antiexpert"]]
+        members = members[:1] if base_alone else members
         small = ["--max-model-len", "64", "--dtype", "float32"]
         args = serve_parser().parse_args(["serve", *members, *small, *shlex.split(options)])
         apply_to_namespace(args)
@@ -356,6 +357,10 @@ REFUSALS = [
     (COMPLETIONS, {"use_beam_search": True, **xargs(proxy_alpha=0.5)}, "use_beam_search"),
     (COMPLETIONS, xargs(proxy_own_prompts=[1, [2], [3]]), "is not for requests to set"),
     (COMPLETIONS, xargs(proxy_alpha=11), "proxy_alpha is 11"),
+    (COMPLETIONS, xargs(proxy_beta=1.5), "proxy_beta is 1.5: it must be a number from 0"),
+    (COMPLETIONS, {"proxy_beta": 0.1}, "proxy_beta belongs in vllm_xargs"),
+    (COMPLETIONS, xargs(beta=0.1), "the name is proxy_beta"),
+    (COMPLETIONS, {"use_beam_search": True, **xargs(proxy_beta=0.1)}, "use_beam_search"),
     (COMPLETIONS, {"proxy_alpha": 1}, 'proxy_alpha belongs in vllm_xargs: {"proxy_alpha": ...}'),
     (COMPLETIONS, {"proxy_expert_prompt": "w5"}, "proxy_expert_prompt belongs in vllm_xargs"),
     (TOKENS, {"proxy_alpha": 1, "sampling_params": {}}, "proxy_alpha belongs in extra_args"),
@@ -382,7 +387,7 @@ def test_refusals(plain, path, request_, message):
     error = plain.refused(path, {"prompt": "w5", **request_} if path == COMPLETIONS else request_)
     assert message in error["message"]
     assert (error["type"], error["code"]) == ("BadRequestError", 400)
-    known = ("proxy_alpha", "proxy_expert_prompt", "vllm_xargs", "proxy_explain_top")
+    known = ("proxy_alpha", "proxy_beta", "proxy_expert_prompt", "vllm_xargs", "proxy_explain_top")
     assert error["param"] in (*known, "proxy_explain")
 
 
@@ -450,6 +455,22 @@ def test_templates_read_text_only_and_must_leave_room(templated):
     assert [len(p) for p in got.values()] == [61, 62]
     error = templated.refused(CHAT, {"messages": [{"role": "user", "content": "w5 " * 61}]})
     assert "the antiexpert's prompt has 64 tokens" in error["message"]
+
+
+def test_negative_prompts(trio, v2, plain):
+    server = Server(trio, "--method cfg", base_alone=True)
+    asked = {"guidance_scale": 2, "proxy_negative_prompt": "w6 w7"}
+    for path, body in ((COMPLETIONS, {"prompt": "w5"}), (CHAT, {"messages": MESSAGES})):
+        got = server.passed(path, {**body, **xargs(**asked)})["vllm_xargs"]
+        assert got == {"guidance_scale": 2, "proxy_antiexpert_prompt": [6, 7]}
+        assert "proxy_antiexpert_prompt" not in server.passed(path, body).get("vllm_xargs", {})
+        beams = server.refused(path, {**body, "use_beam_search": True})
+        assert "use_beam_search reads no" in beams["message"]
+    both = server.refused(COMPLETIONS, {"prompt": "w5", **xargs(guidance_scale=2, proxy_alpha=1)})
+    assert "it stands for proxy_alpha + 1" in both["message"]
+    for key, value in asked.items():
+        refused = plain.refused(COMPLETIONS, {"prompt": "w5", **xargs(**{key: value})})
+        assert f"{key}" in refused["message"] and "--method cfg" in refused["message"]
 
 
 def test_an_engine_that_was_not_set_up_for_them_says_so(trio, v2):

@@ -13,7 +13,7 @@ from vllm.forward_context import ForwardContext, override_forward_context
 
 import proxy_vllm.composite.model as model
 from proxy_vllm.composite.packed_rows import PackedRows
-from proxy_vllm.config import ROLES
+from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.own_prompts.inputs import MemberInputs
 
 TOKENS, WIDTH = 5, 4
@@ -49,7 +49,7 @@ def composite(monkeypatch):
     composite.member_configs = dict.fromkeys(ROLES, dtype)
     composite.hidden_dtype = torch.float32
     composite.run_roles = list(ROLES)
-    composite.proxy_config = SimpleNamespace(same_weights={})
+    composite.proxy_config = ProxyConfig(expert="small", antiexpert="untuned")
     composite.packed = PackedRows(dict.fromkeys(ROLES, torch.float32))
     composite._ids = {}
     return composite
@@ -101,10 +101,14 @@ def test_packed_rows_are_aligned(composite, dtype):
     composite.packed = PackedRows(dict.fromkeys(ROLES, dtype))
     hidden = {r: torch.randn(5, n).to(dtype) for r, n in zip(ROLES, (48, 7, 33), strict=True)}
     alpha = torch.tensor([0.0, 1.5, -2.25, 1e-30, 3.1])
-    packed = composite._pack(hidden, alpha)
+    plausibility = torch.tensor([[-torch.inf] * 5, [torch.inf, 8192.0, 1.0, 2.0, 3.0]])
+    packed = composite._pack(hidden, alpha, plausibility)
     assert packed.shape == (5, composite.packed_width) and packed.shape[1] % 16 == 0
-    parts, alphas = composite.unpack(packed[[4, 0]])
-    assert alphas.is_contiguous() and torch.equal(alphas, alpha[[4, 0]])
+    parts, steering = composite.unpack(packed[[4, 0]])
+    values = (steering.alpha, steering.plausibility.log_beta, steering.plausibility.drop)
+    for got, given in zip(values, (alpha, *plausibility), strict=True):
+        assert got.is_contiguous() and torch.equal(got, given[[4, 0]])
+        assert got.data_ptr() % 16 == 0  # Triton compiles anew for an address that is not
     for part, whole in zip(parts, hidden.values(), strict=True):
         assert torch.equal(part, whole[[4, 0]])
         assert part.storage_offset() % 16 == 0 and part.stride(0) % 16 == 0

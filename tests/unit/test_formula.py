@@ -6,6 +6,7 @@ import torch
 from proxy_vllm.composite.formula import combine_logits
 from proxy_vllm.kernels.columns import Columns
 from proxy_vllm.kernels.reference import combine
+from proxy_vllm.kernels.row_parameters import Plausibility
 
 INF, NAN = float("inf"), float("nan")
 ALPHA = torch.tensor([1.0, 0.0, -1.5, 10.0, 0.3])
@@ -64,6 +65,23 @@ def test_logits_that_are_not_finite(value, where, compiled):
     got = combine_logits(*logits, ALPHA, compiled=compiled)
     want = combine(*logits, ALPHA)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("widths", [(401, 401, 401), (401, 300, 409)])
+def test_implausible_tokens(widths, compiled):
+    logits = members(5, widths, torch.float32)
+    logits[1][2, logits[0][2, :300].argmax()] = -INF  # what is forbidden sets no threshold
+    columns = Columns.of(*logits, 390)
+    log_beta = torch.tensor([0.1, 0.1, 0.3, 0.0, 1.0]).log()
+    given = Plausibility(log_beta, torch.tensor([INF, INF, INF, INF, 50.0]))
+    got = combine_logits(*logits, ALPHA, columns, plausibility=given, compiled=compiled)
+    want = combine(*logits, ALPHA, 390, log_beta=log_beta)
+    torch.testing.assert_close(got[:4].double(), want[:4], rtol=1e-6, atol=1e-5)
+    plain = combine_logits(*logits, ALPHA, columns, compiled=compiled)
+    kept = want[4] > -INF
+    torch.testing.assert_close(got[4], torch.where(kept, plain[4], plain[4] - 50))
+    assert torch.equal(got[3], plain[3])
 
 
 def test_inputs_are_left_as_they_were():

@@ -129,7 +129,7 @@ def test_every_documented_option_is_one_of_the_parser(parser):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("{base} --expert {expert}", "required: --antiexpert"),
+        ("{base} --expert {expert}", "antiexpert: a model folder or hub name is needed"),
         ("{base} --expert {expert} --antiexpert /nowhere", "antiexpert '/nowhere': no such folder"),
         ("{trio} --port 3", "--port: set Ray Serve's http_options"),
         ("{trio} --data-parallel-size 2", "--data-parallel-size: set Ray Serve's num_replicas"),
