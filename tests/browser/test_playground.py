@@ -65,6 +65,10 @@ def test_type_and_stream_beside_the_base(server, known: Page):
     texts = [answer.choices[0].text for answer in wanted]
     assert texts[0] != texts[1]
     assert [text.split() for text in answers(known)] == [text.split() for text in texts]
+    for i in range(2):
+        # However many of them a chunk brought.
+        counted = wanted[i].usage.completion_tokens
+        expect(known.locator(STATUS.format(i))).to_contain_text(f" {counted} token")
     assert known.locator("h2").all_inner_texts() == ["base, alpha 0", "proxy, alpha 0.5"]
 
 

@@ -1,6 +1,6 @@
 // The form, and what it sends: one request for each column.
 
-import { address, choices, getModels } from "./stream.js";
+import { address, events, getModels } from "./stream.js";
 import { Column, showTables } from "./tokens.js";
 
 const at = (id) => document.getElementById(id);
@@ -30,6 +30,7 @@ function body(strength, coloured) {
     temperature: Number(at("temperature").value),
     ...(seed !== "" && { seed: Number(seed) }),
     stream: true,
+    stream_options: { include_usage: true, continuous_usage_stats: true },
     vllm_xargs: { proxy_alpha: strength, ...(coloured && { proxy_explain: true }) },
   };
 }
@@ -59,12 +60,15 @@ async function fill(column, request, signal) {
   const began = performance.now();
   let ended = "";
   try {
-    for await (const choice of choices(path(), request, at("key").value, signal)) {
-      const delta = choice.delta ?? {};
-      const text = choice.text ?? (delta.reasoning ?? "") + (delta.content ?? "");
-      column.add(text, choice.proxy_explain);
-      if (column.coloured) at("explain").hidden = false;
-      ended = choice.finish_reason ?? ended;
+    for await (const { choices: [choice], usage } of events(path(), request, at("key").value, signal)) {
+      if (choice) {
+        const delta = choice.delta ?? {};
+        const text = choice.text ?? (delta.reasoning ?? "") + (delta.content ?? "");
+        column.add(text, choice.proxy_explain);
+        if (column.entries) at("explain").hidden = false;
+        ended = choice.finish_reason ?? ended;
+      }
+      column.count = usage?.completion_tokens ?? column.count;
       column.say("…");
     }
     const seconds = (performance.now() - began) / 1000;

@@ -26,8 +26,8 @@ export async function getModels(key) {
 
 export const address = (path) => new URL(path, api).href;
 
-/** Choices of a stream, one after another; ends early, without an error, when `signal` aborts. */
-export async function* choices(path, body, key, signal) {
+/** Events of a stream, one after another; ends early, without an error, when `signal` aborts. */
+export async function* events(path, body, key, signal) {
   const response = await fetch(address(path), {
     method: "POST", headers: headers(key), body: JSON.stringify(body), signal,
   });
@@ -45,7 +45,7 @@ export async function* choices(path, body, key, signal) {
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
       if (event.error) throw new Error(String(event.error.message ?? event.error).replace(/\s+/g, " "));
-      yield* event.choices ?? [];
+      yield event;
     }
   }
 }

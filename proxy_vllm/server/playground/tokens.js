@@ -58,14 +58,13 @@ export class Column {
     place.append(make("article", { className: "column" }, make("header", {}, heading, this.status), this.answer));
     this.answer.setAttribute("role", "group");
     this.answer.setAttribute("aria-label", title);
-    this.count = this.changed = 0;
-    this.coloured = false;
+    // Tokens as the server counts them, those with an explanation, and changed ones among these.
+    this.count = this.entries = this.changed = 0;
   }
 
   add(text, entries) {
     if (!entries) {
-      if (text) this.answer.append(text);
-      this.count += text ? 1 : 0;
+      this.answer.append(text);
       return;
     }
     const texts = cut(text, entries);
@@ -74,17 +73,16 @@ export class Column {
       if (!texts[i]) token.classList.add("empty");
       token.setAttribute("role", "button");
       token.setAttribute("aria-label", `${texts[i] || "no text"}${entry.changed ? ", changed" : ""}`);
-      token.tabIndex = this.count ? -1 : 0;
+      token.tabIndex = this.entries ? -1 : 0;
       token.entry = entry;
       this.answer.append(token);
-      this.count += 1;
+      this.entries += 1;
       this.changed += entry.changed ? 1 : 0;
-      this.coloured = true;
     }
   }
 
   say(text) {
-    const share = this.coloured && this.count ? `, ${Math.round((100 * this.changed) / this.count)} % changed` : "";
+    const share = this.entries ? `, ${Math.round((100 * this.changed) / this.entries)} % changed` : "";
     this.status.textContent = `${text} ${this.count} token${this.count === 1 ? "" : "s"}${share}`.trim();
   }
 }
