@@ -28,6 +28,11 @@ ENGINE = [
 ]  # fmt: skip
 
 
+def heed_interrupts() -> None:
+    """Before a child runs: a shell's background job ignores SIGINT, and its children would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Server:
     """One server process and its log; `process` is the root of all that it starts."""
 
@@ -40,7 +45,11 @@ class Server:
         self.folder, self.port, self.engine_args = folder, port, [*ENGINE, *engine_args]
         with open(self.log, "w") as log:
             self.process = psutil.Popen(
-                self.command(), stdout=log, stderr=subprocess.STDOUT, env=self.environment()
+                self.command(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment(),
+                preexec_fn=heed_interrupts,
             )
         self.wait_until(self.healthy, 300)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from engines import free_port, prompt_ids
 from reference_loop import Trio, greedy
+from soaking.servers import heed_interrupts
 
 from proxy_vllm.envs import cpu_runner
 
@@ -59,7 +60,10 @@ class Application:
         command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", address]
         with open(self.log_path, "w") as log:
             self.process = subprocess.Popen(
-                [*command, str(folder / "config.yaml")], stdout=log, stderr=subprocess.STDOUT
+                [*command, str(folder / "config.yaml")],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=heed_interrupts,
             )
         self.wait_for(lambda: self.replicas() == 1, 300)
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0)
