@@ -22,8 +22,8 @@ from pathlib import Path
 from statistics import median
 
 TREES = ("old", "new")
-# A difference counts where every pair shows it and half of them show this much.
-LEAST = 0.02
+# A difference counts where every pair shows it, of at least so many, and half of them this much.
+FEWEST, LEAST = 3, 0.02
 
 
 def measure(task: dict) -> dict:
@@ -104,11 +104,14 @@ def compared(old: list[float], new: list[float]) -> dict:
     """Medians of both, and what the ratios of the pairs say."""
     ratios = sorted(b / a for a, b in zip(old, new, strict=True))
     middle = median(ratios)
-    said = "no difference"
-    if ratios[0] > 1 and middle > 1 + LEAST:
+    if len(ratios) < FEWEST:
+        said = f"unknown: fewer than {FEWEST} pairs"
+    elif ratios[0] > 1 and middle > 1 + LEAST:
         said = "more"
     elif ratios[-1] < 1 and middle < 1 - LEAST:
         said = "less"
+    else:
+        said = "no difference"
     return {
         "old": round(median(old), 4),
         "new": round(median(new), 4),
@@ -182,6 +185,8 @@ def main() -> None:
     from bench_common import ROOT, provenance, script_argv
     from bench_step import SHAPES, write_config, write_models
 
+    from proxy_vllm.config import ROLES
+
     args = parse()
     os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
     import torch
@@ -203,8 +208,12 @@ def main() -> None:
         answers = {tree: run_in(path, task)["answers"] for tree, path in trees.items()}
         if answers["old"] != answers["new"]:
             sys.exit(f"bench_pairs.py: error: the trees choose other tokens: {answers}")
-        base, small = (write_config(root, shape) for shape in args.shapes)
-        task = {**common, "models": [base, small, small], "repeats": args.repeats}
+        models = []
+        # A folder each: what is one model twice, this tree may load and run once.
+        for role, shape in zip(ROLES, (*args.shapes, args.shapes[1]), strict=True):
+            (root / role).mkdir()
+            models.append(write_config(root / role, shape))
+        task = {**common, "models": models, "repeats": args.repeats}
         task |= {"vocab": SHAPES[args.shapes[0]]["vocab_size"]}
         task |= {"engine": {**engine, "load_format": "dummy"}}
         pairs: list[dict[str, dict]] = []
