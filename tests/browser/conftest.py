@@ -20,7 +20,9 @@ _ARGUMENTS = [
 ]
 
 
-@pytest.fixture(scope="session")
+# Not of the session: Playwright keeps an event loop in the main thread, where `asyncio.run` of a
+# later test would fail.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     found = next(filter(None, map(shutil.which, _NAMES)), None)
     if found is None:
