@@ -38,6 +38,7 @@ def test_kernels_compile_without_spills(tmp_path, architectures):
     for arch in architectures:
         mine = [record for record in kernels if record["arch"] == arch]
         assert {record["kernel"].split("[")[0] for record in mine} == {
+            "base_max_kernel",
             "combine_kernel",
             "combine_only_kernel",
             "filtered_kernel",
