@@ -128,6 +128,61 @@ def test_what_cannot_be_asked(llm):
     assert llm.llm_engine.get_num_unfinished_requests() == 0
 
 
+def test_explained_answers_and_the_command(llm, trio, reference, tmp_path, monkeypatch, capsys):
+    """``ProxyLLM.explain`` and ``proxy-vllm explain``, on the engine of this file."""
+    from proxy_vllm.cli.main import main
+    from proxy_vllm.explain import totals
+
+    requests = [params(a) for a in ALPHAS]
+    plain = ask(llm, requests)
+    inputs = [*PROMPTS[:3], {"prompt_token_ids": PROMPTS[3]}]
+    explained = llm.explain(inputs, requests, top=2, use_tqdm=False)
+    for prompt, alpha, output, found in zip(PROMPTS, ALPHAS, plain, explained, strict=True):
+        answer = list(output.outputs[0].token_ids)
+        assert_explained(found.tokens, reference, prompt, answer, alpha, 2)
+        assert (found.text, found.alpha) == (output.outputs[0].text, alpha)
+    assert totals(explained).tokens == 4 * STEPS
+    assert totals(explained[1:2]).changed == 0  # at alpha 0 nothing is
+    chat = [{"role": "user", "content": "w7 w8"}]
+    (found,) = llm.explain(chat, params(1.0), use_tqdm=False)
+    assert len(found.tokens) == STEPS and "w7" in found.prompt
+
+    lines = [
+        {"prompt": PROMPTS[0], "id": "first", "proxy_alpha": 0.5},
+        {"messages": chat, "ignore_eos": True},
+        {"prompt": "w9 w10", "n": 2, "temperature": 1},
+    ]
+    source, page, values = (tmp_path / name for name in ("in.jsonl", "out.html", "out.jsonl"))
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr("proxy_vllm.cli.explain.start_llm", lambda arguments: llm)
+    monkeypatch.setattr("proxy_vllm.cli.explain.end_with_engines", lambda: None)
+    command = [
+        *("explain", trio["model"], "--expert", trio["expert"], "--antiexpert", trio["antiexpert"]),
+        *("-i", str(source), "-o", str(page), "--json", str(values), "--temperature", "0"),
+        *("--max-tokens", "6"),
+    ]
+    main(command)
+    assert "4 answers" in capsys.readouterr().err
+    assert "DecompressionStream" in page.read_text()
+    answers = [json.loads(line) for line in values.read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == ["first", 2, 3, 3]
+    first = ask(llm, [params(0.5, max_tokens=6, ignore_eos=False)], PROMPTS[:1])[0].outputs[0]
+    assert [t["token_id"] for t in answers[0]["proxy_explain"]] == list(first.token_ids)
+    assert answers[0]["proxy_alpha"] == 0.5 and answers[0]["text"] == first.text
+
+    source.write_text('{"prompt": "w5", "proxy_alpha": "x"}\n')
+    for options, message in (
+        ([], "--overwrite replaces"),
+        (["--overwrite"], "line 1: proxy_alpha"),
+        (["--overwrite", "--top", "21"], "--top is 21"),
+        (["--overwrite", "-o", "-"], "- is none"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, *options])
+        assert message in capsys.readouterr().err
+
+
+# Other engines from here on: they end what vLLM's processes share with the engine of this file.
 @pytest.mark.parametrize("drafts", [None, 2], ids=["plain", "drafts"])
 def test_members_of_other_sizes_and_drafts(tmp_path, drafts):
     """Tokens that a small member lacks have no value; drafts are explained as they count."""
@@ -189,57 +244,3 @@ def test_two_ranks(trio, reference, monkeypatch):
         for prompt, alpha, top, output in zip(PROMPTS, (0.5, 1.0), (3, 1), outputs):
             answer = output.outputs[0]
             assert_explained(explanations(answer), reference, prompt, answer.token_ids, alpha, top)
-
-
-def test_explained_answers_and_the_command(llm, trio, reference, tmp_path, monkeypatch, capsys):
-    """``ProxyLLM.explain`` and ``proxy-vllm explain``, on the engine of this file."""
-    from proxy_vllm.cli.main import main
-    from proxy_vllm.explain import totals
-
-    requests = [params(a) for a in ALPHAS]
-    plain = ask(llm, requests)
-    inputs = [*PROMPTS[:3], {"prompt_token_ids": PROMPTS[3]}]
-    explained = llm.explain(inputs, requests, top=2, use_tqdm=False)
-    for prompt, alpha, output, found in zip(PROMPTS, ALPHAS, plain, explained, strict=True):
-        answer = list(output.outputs[0].token_ids)
-        assert_explained(found.tokens, reference, prompt, answer, alpha, 2)
-        assert (found.text, found.alpha) == (output.outputs[0].text, alpha)
-    assert totals(explained).tokens == 4 * STEPS
-    assert totals(explained[1:2]).changed == 0  # at alpha 0 nothing is
-    chat = [{"role": "user", "content": "w7 w8"}]
-    (found,) = llm.explain(chat, params(1.0), use_tqdm=False)
-    assert len(found.tokens) == STEPS and "w7" in found.prompt
-
-    lines = [
-        {"prompt": PROMPTS[0], "id": "first", "proxy_alpha": 0.5},
-        {"messages": chat, "ignore_eos": True},
-        {"prompt": "w9 w10", "n": 2, "temperature": 1},
-    ]
-    source, page, values = (tmp_path / name for name in ("in.jsonl", "out.html", "out.jsonl"))
-    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr("proxy_vllm.cli.explain.start_llm", lambda arguments: llm)
-    monkeypatch.setattr("proxy_vllm.cli.explain.end_with_engines", lambda: None)
-    command = [
-        *("explain", trio["model"], "--expert", trio["expert"], "--antiexpert", trio["antiexpert"]),
-        *("-i", str(source), "-o", str(page), "--json", str(values), "--temperature", "0"),
-        *("--max-tokens", "6"),
-    ]
-    main(command)
-    assert "4 answers" in capsys.readouterr().err
-    assert "DecompressionStream" in page.read_text()
-    answers = [json.loads(line) for line in values.read_text().splitlines()]
-    assert [answer["id"] for answer in answers] == ["first", 2, 3, 3]
-    first = ask(llm, [params(0.5, max_tokens=6, ignore_eos=False)], PROMPTS[:1])[0].outputs[0]
-    assert [t["token_id"] for t in answers[0]["proxy_explain"]] == list(first.token_ids)
-    assert answers[0]["proxy_alpha"] == 0.5 and answers[0]["text"] == first.text
-
-    source.write_text('{"prompt": "w5", "proxy_alpha": "x"}\n')
-    for options, message in (
-        ([], "--overwrite replaces"),
-        (["--overwrite"], "line 1: proxy_alpha"),
-        (["--overwrite", "--top", "21"], "--top is 21"),
-        (["--overwrite", "-o", "-"], "- is none"),
-    ):
-        with pytest.raises(SystemExit):
-            main([*command, *options])
-        assert message in capsys.readouterr().err
