@@ -4,6 +4,7 @@ import copy
 import os
 from difflib import get_close_matches
 from functools import partial
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -28,6 +29,10 @@ _FORMATS_OF_TENSORS = (*FILE_FORMATS, "runai_streamer")
 
 # Methods of speculation that need the target's tokens alone.
 _DRAFTS_FROM_TOKENS = ("draft_model", "ngram", "suffix")
+
+# Types of models whose attention in vLLM has no way for two ranks to hold one KV head: gpt-oss then
+# divides by no heads at all, the others assert. All others have ranks hold copies.
+_NO_COPIES_OF_KV_HEADS = ("gpt_oss", "inkling_model", "param2moe")
 
 _MICROBATCHES = "microbatches: vLLM would not cut the rows' alphas along"
 # Arguments that a composite of three models cannot honour.
@@ -305,17 +310,30 @@ def _fit_length(asked: int | str | None, configs: "dict[str, ModelConfig]") -> i
 def check_tensor_parallel(configs: "dict[str, ModelConfig]", size: int) -> None:
     """Refuse a tensor-parallel size by which a member's attention heads cannot be divided."""
     for role, config in configs.items():
+        name, kind = f"{role} {config.model!r}", config.hf_text_config.model_type
         heads = config.model_arch_config.total_num_attention_heads
-        check_heads(f"{role} {config.model!r}", heads, config.get_total_num_kv_heads(), size)
+        # Layers with a window may have a number of their own.
+        windows = getattr(config.hf_text_config, "swa_num_key_value_heads", None)
+        for kv_heads in (config.get_total_num_kv_heads(), *([windows] if windows else [])):
+            check_heads(name, heads, kv_heads, size, kind)
 
 
-def check_heads(name: str, heads: int, kv_heads: int, size: int) -> None:
+def check_heads(name: str, heads: int, kv_heads: int, size: int, kind: str | None = None) -> None:
     """Refuse a tensor-parallel size that vLLM cannot cut these heads into.
 
     Each rank takes a share of the attention heads, and whole KV heads or a copy of one.
+
+    Args:
+        kind: ``model_type`` of the model's text configuration.
     """
     if heads % size or (kv_heads % size and size % kv_heads):
         raise UserError(
             f"{name} has {heads} attention heads ({kv_heads} for keys and values), which"
             f" --tensor-parallel-size {size} does not divide"
+        )
+    if kind in _NO_COPIES_OF_KV_HEADS and size > kv_heads:
+        raise UserError(
+            f"{name} has too few heads for keys and values ({kv_heads}) for --tensor-parallel-size"
+            f" {size}: vLLM gives no two ranks of a model of type {kind} the same one; use at most"
+            f" --tensor-parallel-size {gcd(heads, kv_heads)}"
         )

@@ -43,6 +43,8 @@ class ModelShape:
     quant_head: bool = False
     quant_experts_only: bool = False
     max_positions: int | None = None
+    kind: str | None = None
+    """``model_type`` of the text configuration."""
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -169,6 +171,7 @@ def model_shape(source: ConfigSource, name: str | None = None) -> ModelShape:
         quant_head=quant_head,
         quant_experts_only=bits == _MXFP4_BITS,
         max_positions=getattr(config, "max_position_embeddings", None),
+        kind=config.model_type,
         notes=tuple(notes),
     )
 

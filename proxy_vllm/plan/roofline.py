@@ -386,7 +386,7 @@ def check_load(
         raise UserError(f"--reserve-gib {reserve_gib}: give a number of GiB from 0")
     for shape in members:
         for kv_heads in {c.heads for c in shape.caches if c.heads}:
-            check_heads(shape.name, shape.num_heads, kv_heads, tp)
+            check_heads(shape.name, shape.num_heads, kv_heads, tp, shape.kind)
 
 
 def warnings(

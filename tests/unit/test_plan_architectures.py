@@ -5,6 +5,7 @@ import pytest
 from proxy_vllm.errors import UserError
 from proxy_vllm.plan import decoder
 from proxy_vllm.plan.model_size import model_shape
+from proxy_vllm.plan.roofline import plan
 
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe",
@@ -133,3 +134,10 @@ def test_every_architecture_is_counted_or_refused():
         counted += 1
     assert refused == REFUSED
     assert counted > 60
+
+
+def test_ranks_without_a_kv_head_where_vllm_makes_no_copies():
+    """As an engine is refused: gpt-oss has 64 heads and 8 for keys and values."""
+    assert plan(GPT_OSS_120B, GPT_OSS_20B, GPT_OSS_20B, "h200", tp=8).fits
+    with pytest.raises(UserError, match="use at most --tensor-parallel-size 8"):
+        plan(GPT_OSS_120B, GPT_OSS_20B, GPT_OSS_20B, "h200", tp=16)

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from families import make_family
 from vllm import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -16,6 +17,7 @@ from proxy_vllm.cli.arguments import apply_to_namespace
 from proxy_vllm.cli.serve import ProxyServeSubcommand
 from proxy_vllm.config import ProxyConfig
 from proxy_vllm.errors import UserError
+from proxy_vllm.validate import validate_trio
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/serving.md"
 
@@ -108,6 +110,23 @@ def test_a_size_that_does_not_divide_a_members_heads_is_one_line(build, trio):
         build("--tensor-parallel-size 3")
     assert trio["model"] in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_ranks_beyond_the_kv_heads_of_a_model_without_copies(tmp_path):
+    """gpt-oss dies inside vLLM; a Llama of as few KV heads, and a base with enough, do not."""
+    small = {"expert": ("gpt_oss", 2), "antiexpert": ("llama", 3)}
+    trio = {role: make_family(tmp_path / role, *kind, small=True) for role, kind in small.items()}
+    args = {"model": make_family(tmp_path / "base", "gpt_oss", 1), "tensor_parallel_size": 2}
+    with pytest.raises(UserError) as refused:
+        validate_trio(args, ProxyConfig(**trio))
+    assert str(refused.value) == (
+        f"expert {trio['expert']!r} has too few heads for keys and values (1) for"
+        " --tensor-parallel-size 2: vLLM gives no two ranks of a model of type gpt_oss the same"
+        " one; use at most --tensor-parallel-size 1"
+    )
+    validate_trio({**args, "tensor_parallel_size": 1}, ProxyConfig(**trio))
+    trio["expert"] = trio["antiexpert"]
+    validate_trio(args, ProxyConfig(**trio))
 
 
 def test_ray_and_nnodes_exclude_each_other(build):
