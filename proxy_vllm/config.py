@@ -151,8 +151,8 @@ class ProxyConfig:
             raise UserError("--base-url goes with --method proxy or dexperts, and without --beta")
         object.__setattr__(self, "speculative_tokens", _check_drafts(self.speculative_tokens))
 
-    def check_alpha(self, value: Any, name: str = ALPHA_KEY) -> float:
-        """Return ``value`` as a float that lies in the range, or raise ``UserError``."""
+    def check_alpha(self, value: Any, name: str = ALPHA_KEY, above: float = 0.0) -> float:
+        """Return ``value`` less ``above`` as a float in alpha's range, or raise ``UserError``."""
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise UserError(f"{name} is {value!r}: it must be a number")
         try:
@@ -162,11 +162,13 @@ class ProxyConfig:
         low, high = self.alpha_range
         if not math.isfinite(number):
             raise UserError(f"{name} is {value!r}: it must be a finite number")
-        if not low <= number <= high:
+        if not low <= number - above <= high:
+            of_alpha = f", of alpha {low:g} .. {high:g}" if above else ""
             raise UserError(
-                f"{name} is {number:g}: it must lie in {low:g} .. {high:g} (--alpha-range)"
+                f"{name} is {number:g}: it must lie in {low + above:g} .. {high + above:g}"
+                f" (--alpha-range{of_alpha})"
             )
-        return number
+        return number - above
 
     def alpha_of(self, extra_args: dict[str, Any] | None) -> float:
         """Alpha of one request from its ``extra_args``; the server's where it names none."""
@@ -175,12 +177,7 @@ class ProxyConfig:
             if not self.guided or value is not None:
                 why = "it stands for proxy_alpha + 1" if self.guided else "it is for --method cfg"
                 raise UserError(f"{GUIDANCE_KEY}: {why}; name {ALPHA_KEY} alone")
-            if isinstance(scale, bool) or not isinstance(scale, (int, float, str)):
-                raise UserError(f"{GUIDANCE_KEY} is {scale!r}: it must be a number")
-            try:
-                value = float(scale) - 1
-            except (ValueError, OverflowError):
-                raise UserError(f"{GUIDANCE_KEY} is {scale!r}: it must be a number") from None
+            return self.check_alpha(scale, GUIDANCE_KEY, above=1.0)
         return self.alpha if value is None else self.check_alpha(value)
 
     def check_request(self, params: Any) -> None:

@@ -74,7 +74,7 @@ class MemberPrompts:
         from vllm.tokenizers import cached_tokenizer_from_config
 
         if self.base_config.skip_tokenizer_init:
-            raise UserError(f"the {role}'s prompt is text, but this engine has no tokenizers")
+            raise UserError(f"{self._name(role)} is text, but this engine has no tokenizers")
         return cached_tokenizer_from_config(self.configs[role])
 
     def ids(self, role: str, value: Any, add_special_tokens: bool = True) -> list[int]:
@@ -96,8 +96,8 @@ class MemberPrompts:
                 moves = self.proxy.moved_tokens(role)
                 value = [moves.get(index, index) for index in encoded]
             except (TypeError, ValueError) as error:  # half of a surrogate pair
-                raise UserError(f"the {role}'s prompt is no text that can be encoded") from error
-        ids = check_ids(f"the {role}'s prompt", value)
+                raise UserError(f"{self._name(role)} is no text that can be encoded") from error
+        ids = check_ids(self._name(role), value)
         self.check(role, ids)
         return ids
 
@@ -110,15 +110,20 @@ class MemberPrompts:
         vocab_size = self.configs[role].get_vocab_size()
         if max(ids) >= vocab_size:
             raise UserError(
-                f"the {role}'s prompt holds token id {max(ids)}, but its vocabulary ends at"
+                f"{self._name(role)} holds token id {max(ids)}, but its vocabulary ends at"
                 f" {vocab_size - 1}"
             )
         limit = self.base_config.max_model_len
         if len(ids) >= limit:
             raise UserError(
-                f"the {role}'s prompt has {len(ids)} tokens, and prompt and answer together may"
+                f"{self._name(role)} has {len(ids)} tokens, and prompt and answer together may"
                 f" have {limit}: shorten the prompt, or raise --max-model-len"
             )
+
+    def _name(self, role: str) -> str:
+        """What the user calls a member's prompt."""
+        negative = role == "antiexpert" and self.proxy.guided
+        return NEGATIVE_KEY if negative else f"the {role}'s prompt"
 
     def of_prompt(self, prompt: Any, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """Ids of the small members' prompts in ``{"base": …, "expert": …, "antiexpert": …}``."""
@@ -228,12 +233,15 @@ class MemberPrompts:
             return params
         if self.unsupported is not None:
             raise UserError(f"a prompt for each model: {self.unsupported}")
-        check_parameters(params)
+        check_parameters(params, guided)
         named = {**(prompts or {}), **extra_args}
         if (negative := named.pop(NEGATIVE_KEY, None)) is not None:
+            key = PROMPT_KEYS["antiexpert"]
             if not guided:
                 raise UserError(f"{NEGATIVE_KEY} is for --method cfg")
-            named[PROMPT_KEYS["antiexpert"]] = negative
+            if extra_args.get(key) is not None:
+                raise UserError(f"{NEGATIVE_KEY} and {key} are one prompt: leave {key} out")
+            named[key] = negative
         if guided and named.get(PROMPT_KEYS["expert"]) is not None:
             raise UserError(
                 "--method cfg: the expert is the base and reads its prompt; leave it out"

@@ -92,7 +92,7 @@ def check_ids(name: str, value: Any) -> list[int]:
     if not isinstance(value, (list, tuple)) or not all(
         isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value
     ):
-        raise UserError(f"{name} is no list of token ids")
+        raise UserError(f"{name} is no list of token ids, and no text")
     if not value:
         raise UserError(f"{name} is empty: a prompt needs at least one token")
     return list(value)
@@ -120,7 +120,12 @@ def refuse_misspelled(names: Iterable[str], place: str = "extra_args") -> None:
         if name in known:
             continue
         own = _letters(name)
-        for found in (own, f"proxy{own}", *get_close_matches(own, letters, 1, 0.85)):
+        for found in (
+            own,
+            f"proxy{own}",
+            own.removeprefix("proxy"),
+            *get_close_matches(own, letters, 1, 0.85),
+        ):
             if found in letters:
                 raise UserError(f"{name} in {place} is not known: the name is {letters[found]}")
 
@@ -129,13 +134,25 @@ def _letters(name: str) -> str:
     return "".join(filter(str.isalnum, name)).lower()
 
 
-def check_parameters(params: Any) -> None:
-    """Refuse what a request with own prompts cannot ask for."""
-    for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
+def check_parameters(params: Any, guided: bool = False) -> None:
+    """Refuse what a request with own prompts cannot ask for.
+
+    Args:
+        params: sampling parameters, or what has some of their fields. ``echoed_logprobs`` is set
+            where an echo over HTTP asks for ``prompt_logprobs``.
+        guided: whether the second prompt is that of classifier-free guidance, which all have.
+    """
+    names = {"echoed_logprobs": "echo, which asks for prompt_logprobs,"}
+    for name in ("prompt_logprobs", "prompt_logprob_token_ids", "echoed_logprobs"):
         if getattr(params, name, None) is not None:
+            why = "own prompts: the three models read different prompts"
+            way_out = "leave it out, or give all models one prompt"
+            if guided:
+                why = "--method cfg: the base reads two prompts"
+                way_out = "leave it out"
             raise UserError(
-                f"{name} with own prompts: the three models read different prompts, so a prompt"
-                " position has no combined logits; leave it out, or give all models one prompt"
+                f"{names.get(name, name)} with {why}, so a prompt position has no combined logits;"
+                f" {way_out}"
             )
 
 

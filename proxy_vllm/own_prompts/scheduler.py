@@ -87,7 +87,7 @@ class ProxyScheduler(DraftingScheduler):
             return
         if self.own_prompts_unsupported:
             raise UserError(f"own prompts: {self.own_prompts_unsupported}")
-        check_parameters(params)
+        check_parameters(params, self._guided)
         for role, key in PROMPT_KEYS.items():
             if named[key] is not None:
                 self.member_prompts.check(role, own.of_role(role))

@@ -28,7 +28,7 @@ from proxy_vllm.remote_base.pair import LocalPair
 from proxy_vllm.remote_base.reports import Report, Reports
 from proxy_vllm.remote_base.sampling import check_parameters
 from proxy_vllm.remote_base.steering import Choice, Steering
-from proxy_vllm.remote_base.usage import BaseUnavailable, Usage, count_in_metrics
+from proxy_vllm.remote_base.usage import BaseUnavailable, Usage, count_in_metrics, counters
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -62,6 +62,7 @@ class Steersman:
         self.endpoint, self._emit, self._fail = endpoint, emit, fail
         self._reports = Reports(states, endpoint.guard.price)
         self._tasks: dict[str, asyncio.Task] = {}
+        counters()  # on the page of /metrics before there is anything to count
 
     def start(self, request: EngineCoreRequest) -> None:
         task = asyncio.ensure_future(self._run(request))

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 
 from prometheus_client import Counter
 
@@ -77,16 +78,21 @@ class Usage:
         return out if price is None else {**out, "dollars": round(self.cost(price), 6)}
 
 
-_METRICS = {
-    field.name: Counter(f"proxy_vllm:remote_base_{field.name}", f"{field.name} of a base elsewhere")
-    for field in fields(Usage)
-}
+@cache
+def counters() -> dict[str, Counter]:
+    """The counters of ``/metrics``, which are listed there from the first call on."""
+    return {
+        field.name: Counter(
+            f"proxy_vllm:remote_base_{field.name}", f"{field.name} of a base elsewhere"
+        )
+        for field in fields(Usage)
+    }
 
 
 def count_in_metrics(usage: Usage) -> None:
     """Add what a request used to the counters of ``/metrics``."""
     for name, value in asdict(usage).items():
-        _METRICS[name].inc(value)
+        counters()[name].inc(value)
 
 
 @dataclass

@@ -37,7 +37,12 @@ _OUR_KEYS = (
 # Bodies that mention none of these pass without being parsed; see _may_name_our_keys.
 _ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 # The place of our keys is a mention too: a misspelled key there is refused by its right name.
-_MENTIONS = (b"proxy_", _XARGS.encode(), b"extra_args")
+_MENTIONS = (b"proxy_", GUIDANCE_KEY.encode(), _XARGS.encode(), b"extra_args")
+# Other fields that a refusal may be about.
+_FIELDS = (
+    *("prompt_logprobs", "prompt_logprob_token_ids", "echo", "use_beam_search"),
+    "truncate_prompt_tokens",
+)
 
 _CHAT = "/v1/chat/completions"
 _COMPLETIONS = "/v1/completions"
@@ -46,10 +51,13 @@ _CHATS = (_CHAT, f"{_CHAT}/render")
 _COMPLETES = (_COMPLETIONS, f"{_COMPLETIONS}/render")
 _TOKENS = "/inference/v1/generate"
 _EITHER = "/invocations"
+# Routes that read prompts of each model's own.
+_READ_PROMPTS = (*_CHATS, *_COMPLETES, _EITHER, _TOKENS)
+_BATCH = f"{_CHAT}/batch"
 _LOAD_ADAPTER = "/v1/load_lora_adapter"
 # Other routes that read messages, and would give all models the base's prompt.
 _WITHOUT_TEMPLATES = (
-    f"{_CHAT}/batch",
+    _BATCH,
     *(f"{route}{tail}" for route in ("/v1/responses", "/v1/messages") for tail in ("", "/render")),
     *("/cohere/v2/chat", "/cohere/v2/chat/render"),
 )
@@ -151,7 +159,7 @@ class AdmissionMiddleware:
                 f"this server has chat templates of each model's own, which {_CHAT} applies and"
                 f" {path} does not: use {_CHAT}"
             )
-        guided = proxy.guided and path.endswith((*_CHATS, *_COMPLETES, _EITHER, _TOKENS))
+        guided = proxy.guided and path.endswith((*_READ_PROMPTS, _BATCH))
         chat = templates and path.endswith((*_CHATS, _EITHER))
         if not chat and not guided and not _may_name_our_keys(body):
             return None
@@ -178,12 +186,17 @@ class AdmissionMiddleware:
         proxy.beta_of(named)
         explains = asked_top(named) is not None
         chat = chat and isinstance(request.get("messages"), list)
-        own = {*PROMPT_KEYS.values(), NEGATIVE_KEY, RESOLVED_KEY}
-        prompts = chat or guided or not named.keys().isdisjoint(own)
+        own = [key for key in (NEGATIVE_KEY, *PROMPT_KEYS.values(), RESOLVED_KEY) if key in named]
+        prompts = chat or guided or bool(own)
         if xargs is not None and not isinstance(xargs, dict):
             return None  # vLLM answers what is no object itself
         ours = prompts or not named.keys().isdisjoint(_OUR_KEYS)
         if request.get("use_beam_search") and ours:
+            if proxy.guided:
+                raise UserError(
+                    "use_beam_search reads no negative prompt (--method cfg): leave it out, or ask"
+                    " for n answers and keep the likeliest"
+                )
             raise UserError(
                 f"use_beam_search reads no {place}, and so neither {ALPHA_KEY}, {BETA_KEY},"
                 f" {EXPLAIN_KEY} nor"
@@ -194,8 +207,8 @@ class AdmissionMiddleware:
             self._let_explain(state, path, request)
         if not prompts:
             return None
-        if not path.endswith((*_CHATS, *_COMPLETES, _EITHER, _TOKENS)):
-            raise UserError(f"{PROMPT_KEYS['expert']} is for {_COMPLETIONS} and {_CHAT}")
+        if own and not path.endswith(_READ_PROMPTS):
+            raise UserError(f"{own[0]} is for {_COMPLETIONS} and {_CHAT}")
         completed = await asyncio.get_running_loop().run_in_executor(
             self._thread, self._complete, state, request, fields, named, chat
         )
@@ -240,15 +253,14 @@ class AdmissionMiddleware:
                 return None
             prompts = rendered
         if chat or names_own_prompts(named):
-            _check_base_prompt(request)
+            _check_base_prompt(request, named)
         reads_messages = "messages" in request
-        prompt_logprobs = fields.get("prompt_logprobs")
-        # vLLM turns an echo of log-probabilities into this, and so it does any echo of a chat.
-        if request.get("echo") and (reads_messages or request.get("logprobs") is not None):
-            prompt_logprobs = prompt_logprobs or 0
+        # vLLM turns an echo of log-probabilities into prompt_logprobs, and any echo of a chat.
+        echoed = request.get("echo") and (reads_messages or request.get("logprobs") is not None)
         params = SimpleNamespace(
             extra_args=named,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=fields.get("prompt_logprobs"),
+            echoed_logprobs=True if echoed else None,
             prompt_logprob_token_ids=fields.get("prompt_logprob_token_ids"),
         )
         # vLLM's defaults for the base's prompt.
@@ -312,12 +324,14 @@ def _check_places(request: dict, fields: dict, place: str, named: dict) -> None:
             raise UserError(f'{key} belongs in {place}: {{"{key}": ...}}')
 
 
-def _check_base_prompt(request: dict) -> None:
-    """Refuse what would treat the base's prompt otherwise than the others."""
+def _check_base_prompt(request: dict, named: dict) -> None:
+    """Refuse what would treat the base's prompt otherwise than the others, which are ``named``."""
     prompt = request.get("prompt")
     if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
+        keys = (NEGATIVE_KEY, *PROMPT_KEYS.values())
+        key = next((key for key in keys if key in named), PROMPT_KEYS["expert"])
         raise UserError(
-            f"{PROMPT_KEYS['expert']} belongs to one prompt, and this request has {len(prompt)}:"
+            f"{key} belongs to one prompt, and this request has {len(prompt)}:"
             " send a request for each"
         )
     check_tokenization(request)
@@ -325,7 +339,8 @@ def _check_base_prompt(request: dict) -> None:
 
 async def _refuse(send: Any, message: str) -> None:
     """Answer in the form of OpenAI's API errors, as vLLM does."""
-    param = next((key for key in _OUR_KEYS if key in message), _XARGS)
+    found = [key for key in (*_OUR_KEYS, *_FIELDS) if key in message]
+    param = min(found, key=message.index, default=_XARGS)  # a refusal begins with its culprit
     error = {"message": message, "type": "BadRequestError", "param": param, "code": 400}
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]

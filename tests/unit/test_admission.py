@@ -387,8 +387,11 @@ def test_refusals(plain, path, request_, message):
     error = plain.refused(path, {"prompt": "w5", **request_} if path == COMPLETIONS else request_)
     assert message in error["message"]
     assert (error["type"], error["code"]) == ("BadRequestError", 400)
-    known = ("proxy_alpha", "proxy_beta", "proxy_expert_prompt", "vllm_xargs", "proxy_explain_top")
-    assert error["param"] in (*known, "proxy_explain")
+    assert error["param"] in (
+        *("proxy_alpha", "proxy_beta", "proxy_expert_prompt", "proxy_antiexpert_prompt"),
+        *("proxy_explain", "proxy_explain_top", "vllm_xargs", "use_beam_search", "echo"),
+        *("prompt_logprobs", "prompt_logprob_token_ids", "truncate_prompt_tokens"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -468,6 +471,10 @@ def test_negative_prompts(trio, v2, plain):
         assert "use_beam_search reads no" in beams["message"]
     both = server.refused(COMPLETIONS, {"prompt": "w5", **xargs(guidance_scale=2, proxy_alpha=1)})
     assert "it stands for proxy_alpha + 1" in both["message"]
+    for field in ("echo", "prompt_logprobs", "use_beam_search"):
+        for path in (CHAT, f"{CHAT}/batch"):  # an echo asks for prompt_logprobs in every chat
+            error = server.refused(path, {"messages": MESSAGES, field: 1})
+            assert error["param"] == field, error
     for key, value in asked.items():
         refused = plain.refused(COMPLETIONS, {"prompt": "w5", **xargs(**{key: value})})
         assert f"{key}" in refused["message"] and "--method cfg" in refused["message"]

@@ -43,6 +43,18 @@ def test_a_request_that_names_no_alpha_takes_the_servers():
     assert config.alpha_of({"proxy_alpha": 0}) == 0
 
 
+def test_a_guidance_scale_is_alpha_and_one_and_refused_by_its_own_name():
+    config = ProxyConfig("", "", alpha=0.5, method="cfg", alpha_range=(-1, 4))
+    assert config.alpha_of({}) == 0.5
+    for scale, alpha in ((0, -1), (1, 0), ("1.5", 0.5), (5, 4)):
+        assert config.alpha_of({"guidance_scale": scale}) == alpha
+    for scale in (float("nan"), float("inf"), 5.5, -0.5, "x", "", True, [1.0], {}, 10**400):
+        with pytest.raises(UserError, match=r"^guidance_scale is "):
+            config.alpha_of({"guidance_scale": scale})
+    with pytest.raises(UserError, match=r"5.5: it must lie in 0 \.\. 5 \(--alpha-range, of alpha"):
+        config.alpha_of({"guidance_scale": 5.5})
+
+
 def test_configuration_survives_json():
     config = ProxyConfig(
         **MEMBERS, alpha=-0.5, alpha_range=(-1, 1), expert_args={"dtype": "float32"}
