@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 from proxy_vllm.adapters.check import AdapterRules
 from proxy_vllm.adapters.settings import requests_of, rules_of_engine
@@ -163,6 +164,7 @@ class ProxyLLM(LLM):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         top: int = DEFAULT_TOP,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[Explanation]:
         """Answer prompts, and say for each token what steering did (docs/explain.md).
@@ -172,6 +174,7 @@ class ProxyLLM(LLM):
                 model), or the messages of a chat.
             sampling_params: for all, or one for each; the model's defaults if not given.
             top: how many of the likeliest tokens of the steered model and of the base to show.
+            lora_request: the adapter that is the expert, for all or one for each prompt.
 
         Returns:
             An explanation for each answer, in the order of the prompts.
@@ -185,7 +188,11 @@ class ProxyLLM(LLM):
             params = [params] * len(prompts)
         if len(params) != len(prompts):
             raise UserError(f"{len(prompts)} prompts and {len(params)} sampling_params")
-        return explain(self, prompts, params, top=top, use_tqdm=use_tqdm)
+        adapters = lora_request if isinstance(lora_request, Sequence) else None
+        if adapters is not None and len(adapters) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts and {len(adapters)} of lora_request")
+        arguments = [{"lora_request": a} for a in adapters or [lora_request] * len(prompts)]
+        return explain(self, prompts, params, top=top, use_tqdm=use_tqdm, arguments=arguments)
 
     def _steer_remote_base(self) -> None:
         from proxy_vllm.remote_base.engine_core import SteeredCore

@@ -31,6 +31,7 @@ class Explanation:
         text: of the answer.
         alpha: the strength that it was steered by.
         tokens: of the answer, its end token included.
+        lora: the adapter that was the expert, if one was.
     """
 
     id: str | int
@@ -39,6 +40,7 @@ class Explanation:
     alpha: float
     finish_reason: str | None
     tokens: tuple[TokenExplanation, ...]
+    lora: str | None = None
 
     @property
     def changed(self) -> int:
@@ -52,6 +54,7 @@ class Explanation:
             "prompt": self.prompt,
             "text": self.text,
             "proxy_alpha": self.alpha,
+            **({"lora": self.lora} if self.lora is not None else {}),
             "finish_reason": self.finish_reason,
             "completion_tokens": len(self.tokens),
             "changed": self.changed,
@@ -199,6 +202,7 @@ def _of_output(
             alpha=alpha,
             finish_reason=answer.finish_reason,
             tokens=tuple(explanations(answer)),
+            lora=output.lora_request.lora_name if output.lora_request else None,
         )
         for answer in output.outputs
     ]

@@ -55,6 +55,7 @@ def _page(explained: Sequence[Explanation], names: str, top: int) -> str:
                 "id": e.id,
                 "prompt": e.prompt,
                 "alpha": e.alpha,
+                "lora": e.lora,
                 "finish": e.finish_reason,
                 "tokens": [_packed(token, top, texts) for token in e.tokens],
             }

@@ -7,6 +7,7 @@ import psutil
 import pytest
 from adapter_files import merge
 from engines import RUNNER, greedy_params, prompt_ids, running
+from explained import assert_explained, log_probabilities
 from reference_loop import Trio, greedy
 from tiny_adapters import make_adapted
 from tiny_models import make_model
@@ -184,6 +185,64 @@ def test_drafts_are_those_of_the_requests_adapter(small):
     drafted = counts["vllm:spec_decode_num_draft_tokens"]
     # The last draft of an answer may come too late to be taken.
     assert counts["vllm:spec_decode_num_accepted_tokens"] >= 0.9 * drafted > 0
+
+
+@pytest.mark.parametrize("drafts", [None, 2], ids=["plain", "drafts"])
+def test_explained_answers(small, drafts):
+    """Each with its own expert's values: greedy, several answers, vLLM's log-probabilities."""
+    import torch
+
+    from proxy_vllm.explain import explanations
+
+    kinds: list[tuple[str | None, float, dict[str, Any]]] = [
+        ("safety", 1.0, {}),
+        ("code", 0.5, {"n": 2, "temperature": 1.0, "seed": 3, "logprobs": 2}),
+        (None, 1.0, {"logprobs": 1}),
+        ("terse", -0.5, {"temperature": 0.8, "seed": 5, "presence_penalty": 0.7}),
+    ]
+    names = [name for name, *_ in kinds]
+
+    def trio_of(name: str | None) -> Trio:
+        expert = small["merged"].get(name, small["plain"])
+        return Trio.load(small["base"], expert, small["plain"], torch.float32)
+
+    with running(**adapted(small) | {"max_loras": 3}, speculative_tokens=drafts) as llm:
+
+        def answers(top: int | None) -> list:
+            params = [greedy_params(STEPS, proxy_alpha=a, **kind) for _, a, kind in kinds]
+            for each in params:
+                each.extra_args |= {} if top is None else {"proxy_explain": True}
+            return llm.generate(
+                [{"prompt_token_ids": ids} for ids in PROMPTS],
+                params,
+                lora_request=[llm.adapters.get(name) for name in names],
+                use_tqdm=False,
+            )
+
+        plain, found = answers(None), answers(5)
+        adapters = [llm.adapters.get(name) for name in names]
+        params = [greedy_params(STEPS, proxy_alpha=a) for _, a, _ in kinds]
+        shown = llm.explain(PROMPTS, params, lora_request=adapters, use_tqdm=False)
+        (chat,) = llm.explain(
+            [{"role": "user", "content": "w7"}],
+            params[0],
+            lora_request=adapters[0],
+            use_tqdm=False,
+        )
+    assert [answer.lora for answer in (*shown, chat)] == [*names, "safety"]
+    for prompt, (name, alpha, _), answer in zip(PROMPTS, kinds, shown, strict=True):
+        tokens = [token.chosen.token_id for token in answer.tokens]
+        assert_explained(answer.tokens, trio_of(name), prompt, tokens, alpha, 5)
+    for prompt, (name, alpha, kind), before, output in zip(PROMPTS, kinds, plain, found):
+        trio = trio_of(name)
+        assert len(output.outputs) == kind.get("n", 1)
+        for old, answer in zip(before.outputs, output.outputs, strict=True):
+            assert answer.token_ids == old.token_ids
+            assert_explained(explanations(answer), trio, prompt, answer.token_ids, alpha, 5)
+            steered = log_probabilities(trio, prompt, list(answer.token_ids), alpha)["steered"]
+            for at, shown in enumerate(answer.logprobs or []):
+                for token, value in shown.items():
+                    assert abs(value.logprob - steered[at, token]) < 1e-4
 
 
 @pytest.mark.slow
