@@ -14,7 +14,7 @@ from proxy_vllm.demo import child
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Parts of the device names that CUDA gives, and the keys of `proxy_vllm.plan.roofline.GPUS`. The
+# Parts of the device names that CUDA gives, and the keys of `proxy_vllm.plan.gpus.GPUS`. The
 # first that is found counts.
 _GPU_NAMES = {
     "B200": "b200",
@@ -57,7 +57,7 @@ def device_name() -> str:
 
 
 def gpu_key(name: str) -> str | None:
-    """The key of `proxy_vllm.plan.roofline.GPUS` for a device name, None for a device not listed.
+    """The key of `proxy_vllm.plan.gpus.GPUS` for a device name, None for a device not listed.
 
     >>> gpu_key("NVIDIA H200"), gpu_key("CPU x86_64, 2 cores")
     ('h200', None)

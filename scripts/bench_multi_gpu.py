@@ -58,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--logprobs", type=int, default=100, help="of the logprob way (default: 100)")
     add("--warmups", type=int, default=2)
     add("--dtype", choices=list(TOLERANCE), default="bfloat16")
-    add("--gpu", help="name in proxy_vllm.plan.roofline.GPUS, where the device's own is not known")
+    add("--gpu", help="name in proxy_vllm.plan.gpus.GPUS, where the device's own is not known")
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="for every engine")
     add("--json", help="write the result here, with .md and .png beside")
     args = parser.parse_args(argv)

@@ -188,8 +188,9 @@ def check(system: str, models: list[str], args: argparse.Namespace) -> dict:
 
 def rows_of(measured: dict[str, dict], args: argparse.Namespace) -> list[dict]:
     """One row a batch: steps of every system, its floor, and its share of the base alone."""
+    from proxy_vllm.plan.gpus import find_gpu
     from proxy_vllm.plan.model_size import DTYPE_BYTES, model_shape
-    from proxy_vllm.plan.roofline import find_gpu, step_floor
+    from proxy_vllm.plan.roofline import step_floor
 
     key = args.gpu or gpu_key(device_name())
     shapes = [model_shape({**LLAMA, **SHAPES[s]}, s) for s in args.shapes]
@@ -285,7 +286,7 @@ def parse() -> argparse.Namespace:
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--check-shape", choices=list(SHAPES), default="135m")
     add("--check-dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    add("--gpu", help="name in proxy_vllm.plan.roofline.GPUS, where the device's own is not known")
+    add("--gpu", help="name in proxy_vllm.plan.gpus.GPUS, where the device's own is not known")
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="for every engine")
     add("--smoke", action="store_true", help="tiny shapes, for a CPU")
     add("--json", help="write the result here")

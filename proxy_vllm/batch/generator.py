@@ -8,14 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.batch import openai_lines
-from proxy_vllm.batch.request import (
-    LineOptions,
-    Request,
-    id_of,
-    is_openai,
-    parse_request,
-    result_json,
-)
+from proxy_vllm.batch.request import LineOptions, Request, id_of, is_openai, parse_request
+from proxy_vllm.batch.result import result_json
 from proxy_vllm.errors import UserError, one_line
 
 if TYPE_CHECKING:

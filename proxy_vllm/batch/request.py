@@ -1,4 +1,4 @@
-"""One line of a batch: a JSON object checked into a request, and a request's output as JSON."""
+"""One line of a batch: a JSON object checked into a request."""
 
 import dataclasses
 import functools
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.config import ALPHA_KEY, GUIDANCE_KEY, ROLES, ProxyConfig
 from proxy_vllm.errors import UserError, one_line
-from proxy_vllm.explain.request import EXPLAIN_KEY
 from proxy_vllm.plausibility import BETA_KEY
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput, SamplingParams
+    from vllm import SamplingParams
 
 # Fields of `SamplingParams` that belong to vLLM's inner working, or that change the form of a
 # result rather than the text.
@@ -36,11 +35,8 @@ CHAT_FIELDS = (
     "add_generation_prompt",
     "response_format",
 )
-_LORA = "lora"
-_OWN_FIELDS = ("id", "prompt", "messages", ALPHA_KEY, BETA_KEY, _LORA, *CHAT_FIELDS)
-
-# vLLM's server answers this where a log-probability is minus infinity, which JSON cannot say.
-_LOWEST_LOGPROB = -9999.0
+LORA_KEY = "lora"
+_OWN_FIELDS = ("id", "prompt", "messages", ALPHA_KEY, BETA_KEY, LORA_KEY, *CHAT_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -70,11 +66,11 @@ class LineOptions:
             return None
         if self.adapters is None:
             raise UserError(
-                f"{_LORA} is {_shown(name)}: this engine has no adapters (--enable-lora)"
+                f"{LORA_KEY} is {_shown(name)}: this engine has no adapters (--enable-lora)"
             )
         if name not in self.adapters:
             known = ", ".join(self.adapters) or "none"
-            raise UserError(f"{_LORA} is {_shown(name)}: --lora-modules names {known}")
+            raise UserError(f"{LORA_KEY} is {_shown(name)}: --lora-modules names {known}")
         return name
 
     def adapter_of_model(self, name: Any) -> str | None:
@@ -276,7 +272,7 @@ def parse_request(
     extra.pop(GUIDANCE_KEY, None)  # alpha says it
     proxy.beta_of(extra)
     params = sampling_params({**defaults, **fields, "extra_args": extra})
-    lora = options.adapter(given.get(_LORA))
+    lora = options.adapter(given.get(LORA_KEY))
     return Request(request_id, prompt, messages, params, alpha, chat, kept, lora=lora)
 
 
@@ -364,54 +360,3 @@ def _check_messages(messages: Any) -> None:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UserError(f"messages holds {_shown(message)}: it must be an object with a role")
-
-
-def result_json(request: Request, output: "RequestOutput", *, token_ids: bool) -> dict[str, Any]:
-    """The output line of a finished request."""
-    from proxy_vllm.explain import explanations
-
-    texts = []
-    for completion in output.outputs:
-        text: dict[str, Any] = {
-            "text": completion.text,
-            "finish_reason": completion.finish_reason,
-        }
-        if len(output.outputs) > 1:
-            text["completion_tokens"] = len(completion.token_ids)
-        if token_ids:
-            text["token_ids"] = list(completion.token_ids)
-        if explained := explanations(completion):
-            text[EXPLAIN_KEY] = [token.to_dict() for token in explained]
-        if completion.logprobs is not None and request.params.num_logprobs is not None:
-            text["logprobs"] = [
-                {**_logprob(token, position[token]), "top": _ranked(position)}
-                for token, position in zip(completion.token_ids, completion.logprobs)
-                if position is not None
-            ]
-        texts.append(text)
-    counts: dict[str, Any] = {
-        "prompt_tokens": len(output.prompt_token_ids or ()),
-        "completion_tokens": sum(len(c.token_ids) for c in output.outputs),
-        ALPHA_KEY: request.alpha,
-    }
-    if request.lora is not None:
-        counts[_LORA] = request.lora
-    if output.prompt_logprobs is not None:
-        counts["prompt_logprobs"] = [_ranked(p) if p else None for p in output.prompt_logprobs]
-    # What was certified of an answer whose base lives elsewhere.
-    if report := (output.kv_transfer_params or {}).get("proxy"):
-        counts["proxy"] = report
-    if len(texts) > 1:
-        return {**request.kept, "id": request.id, "outputs": texts, **counts}
-    (text,) = texts
-    return {**request.kept, "id": request.id, **text, **counts}
-
-
-def _logprob(token: int, entry: Any) -> dict[str, Any]:
-    value = max(entry.logprob, _LOWEST_LOGPROB)
-    return {"token_id": token, "token": entry.decoded_token, "logprob": value}
-
-
-def _ranked(position: dict[int, Any]) -> list[dict[str, Any]]:
-    ranked = sorted(position.items(), key=lambda entry: entry[1].rank or 0)
-    return [_logprob(token, entry) for token, entry in ranked]

@@ -39,8 +39,9 @@ class PlanSubcommand:
     @staticmethod
     def cmd(args: argparse.Namespace) -> None:
         from proxy_vllm.cli.remote_base import remote_base
+        from proxy_vllm.plan.gpus import find_gpu
         from proxy_vllm.plan.model_size import model_shape
-        from proxy_vllm.plan.roofline import find_gpu, plan
+        from proxy_vllm.plan.roofline import plan
 
         remote = remote_base(args)
         _check_base(args, remote is not None)
@@ -98,8 +99,9 @@ class PlanSubcommand:
 
     def subparser_init(self, subparsers: Any) -> Any:
         from proxy_vllm.cli.remote_base import add_remote_base_arguments
+        from proxy_vllm.plan.gpus import GPUS
         from proxy_vllm.plan.remote_base import QUESTIONS_A_TOKEN, TOKENS_A_TRIP
-        from proxy_vllm.plan.roofline import GPUS, RESERVE_GIB
+        from proxy_vllm.plan.roofline import RESERVE_GIB
 
         parser = subparsers.add_parser(
             self.name,

@@ -19,14 +19,13 @@ from typing import Any
 
 from proxy_vllm.errors import UserError
 from proxy_vllm.plan.config_file import ConfigSource
+from proxy_vllm.plan.gpus import Gpu, find_gpu
 from proxy_vllm.plan.model_size import ModelShape, model_shape
 from proxy_vllm.plan.roofline import (
     GIB,
     RESERVE_GIB,
-    Gpu,
     check_load,
     element_bytes,
-    find_gpu,
     fitting_tokens,
     step_floor,
     warnings,

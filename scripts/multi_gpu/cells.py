@@ -207,8 +207,9 @@ class Bench:
 
         A server's batch varies, so its floor is that of one row.
         """
+        from proxy_vllm.plan.gpus import find_gpu
         from proxy_vllm.plan.model_size import DTYPE_BYTES
-        from proxy_vllm.plan.roofline import find_gpu, step_floor
+        from proxy_vllm.plan.roofline import step_floor
 
         key = self.args.gpu or gpu_key(self.about["device"])
         if key is None:

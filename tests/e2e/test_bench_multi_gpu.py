@@ -17,7 +17,7 @@ from multi_gpu.report import COLUMNS, markdown
 from reference_loop import Trio, greedy
 from remote_logprobs import combine
 
-from proxy_vllm.plan.roofline import GPUS
+from proxy_vllm.plan.gpus import GPUS
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

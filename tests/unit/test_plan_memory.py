@@ -12,8 +12,9 @@ import torch
 from test_plan_architectures import GPT_OSS_20B, GPT_OSS_120B, GRANITE_4_SMALL
 from test_roofline import LLAMA_3_1B, LLAMA_3_8B
 
+from proxy_vllm.plan.gpus import Gpu
 from proxy_vllm.plan.model_size import ElementBytes, model_shape
-from proxy_vllm.plan.roofline import GIB, Gpu, plan, step_floor
+from proxy_vllm.plan.roofline import GIB, plan, step_floor
 
 BYTES = ElementBytes(2, 2)
 # A byte is a nanosecond, and arithmetic takes no time.

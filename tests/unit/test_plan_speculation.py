@@ -4,8 +4,9 @@ import pytest
 from test_roofline import LLAMA_3_1B, LLAMA_3_8B, SLOW, TINY, llama
 
 from proxy_vllm.errors import UserError
+from proxy_vllm.plan.gpus import Gpu
 from proxy_vllm.plan.model_size import model_shape
-from proxy_vllm.plan.roofline import Gpu, plan, step_floor
+from proxy_vllm.plan.roofline import plan, step_floor
 from proxy_vllm.plan.speculation import expected_tokens
 
 H100 = Gpu("h100", bandwidth_tbps=3.0, tflops=790.0, memory_gib=79.1, source="given")

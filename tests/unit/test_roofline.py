@@ -6,8 +6,9 @@ import pytest
 
 from proxy_vllm.errors import UserError
 from proxy_vllm.plan.config_file import load_config
+from proxy_vllm.plan.gpus import GPUS, Gpu, find_gpu
 from proxy_vllm.plan.model_size import ElementBytes, attended, model_shape
-from proxy_vllm.plan.roofline import GIB, GPUS, RESERVE_GIB, Gpu, find_gpu, plan, step_floor
+from proxy_vllm.plan.roofline import GIB, RESERVE_GIB, plan, step_floor
 
 
 def llama(hidden, layers, heads, kv_heads, ffn, vocab, tied=False, **more):
