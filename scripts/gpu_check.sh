@@ -37,6 +37,7 @@ step step_sampler 480 '$python scripts/bench_step.py --repeats 3 --systems proxy
     '--json $out/step_sampler_graphs.json'
 step step_adapters 480 '$python scripts/bench_step.py --repeats 3 --systems proxy adapters --batch 1 8 64' \
     '--json $out/step_adapters.json'
+step one_pass 480 '$python scripts/bench_one_pass.py --rounds 2 --json $out/one_pass.json'
 step step_fused_head 480 '$python scripts/bench_step.py --repeats 3 --systems proxy fused_head' \
     '--json $out/step_fused_head.json'
 step draft_tests 590 pytest_json draft_tests tests/e2e/test_speculation.py -m "'not slow'"

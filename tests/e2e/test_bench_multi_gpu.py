@@ -1,4 +1,4 @@
-"""The benchmarks of scale-out and of a decode step, and the logprob client, on a CPU."""
+"""The benchmarks of scale-out, of a step, of one pass for two, and the logprob client, on a CPU."""
 
 import json
 import math
@@ -116,6 +116,22 @@ def test_step_smoke_has_every_field(tmp_path):
             assert row[system]["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / step, rel=1e-2)
         ratio = row["base"]["step_ms"]["p50"] / row["proxy"]["step_ms"]["p50"]
         assert row["ratio"] == {"proxy": pytest.approx(ratio, abs=1e-3)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_one_pass_smoke_has_every_field(tmp_path):
+    result = run_script("bench_one_pass.py", tmp_path / "out.json")
+    check_provenance(result, "bench_one_pass.py")
+    checked = result["correctness"]
+    assert checked["passed"] and checked["equal_rows"] == checked["rows"] == 2 * 4
+    assert [each["exact"] for each in checked["of_transformers"]] == [8 * 16] * 2
+    assert [(row["small"], row["batch"]) for row in result["rows"]] == [("tiny", 1), ("tiny", 4)]
+    for row in result["rows"]:
+        both = row["step_ms"]["p50"], row["step_of_twice_the_rows_ms"]["p50"]
+        gain = row["at_most"]["gain_ms"]["p50"]
+        assert gain == pytest.approx(2 * both[0] - both[1], abs=1e-3)
+    assert {row["gpu"] for row in result["floors"]} == {"h100-sxm", "h200"}
 
 
 def test_the_gate_passes_the_loops_tokens_and_no_others(trio):
