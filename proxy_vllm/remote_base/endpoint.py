@@ -7,6 +7,7 @@ The client retries what may be tried again (429, 408, 409, 5xx, lost connections
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -141,10 +142,11 @@ class Endpoint:
                 for row in self._read(data):
                     yield row
                 return
-            async for data in self._stream(body, usage):
-                for row in self._read(data):
-                    received += 1
-                    yield row
+            async with aclosing(self._stream(body, usage)) as stream:
+                async for data in stream:
+                    for row in self._read(data):
+                        received += 1
+                        yield row
         finally:
             if max_tokens > 1:
                 usage.prompt_tokens += len(ids)

@@ -1,13 +1,38 @@
 """A reverse proxy that makes every call wait as over a long way, and counts calls and bytes."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
 
+import anyio
 import httpx
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
+
+
+class Forwarded(StreamingResponse):
+    """An answer on its way, closed when its client leaves.
+
+    Starlette stops reading then and closes nothing: a generator that the collector finds is closed
+    in another task, at any time.
+    """
+
+    def __init__(self, answer: httpx.Response, parts: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(
+            parts, answer.status_code, {"content-type": answer.headers["content-type"]}
+        )
+        self._answer, self._parts = answer, parts
+
+    async def __call__(self, *of_asgi: Any) -> None:
+        try:
+            await super().__call__(*of_asgi)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._parts.aclose()
+                await self._answer.aclose()
 
 
 class LatencyProxy:
@@ -23,7 +48,7 @@ class LatencyProxy:
         self._client: httpx.AsyncClient | None = None
         self.app = Starlette(routes=[Route("/{path:path}", self.forward, methods=["GET", "POST"])])
 
-    async def forward(self, request: Request) -> StreamingResponse:
+    async def forward(self, request: Request) -> Forwarded:
         if self._client is None:
             limits = httpx.Limits(max_connections=None)
             self._client = httpx.AsyncClient(timeout=600, limits=limits)
@@ -41,14 +66,11 @@ class LatencyProxy:
             stream=True,
         )
 
-        async def parts() -> AsyncIterator[bytes]:
-            try:
-                async for part in answer.aiter_raw():
+        async def parts() -> AsyncGenerator[bytes, None]:
+            raw: Any = answer.aiter_raw()
+            async with aclosing(raw):
+                async for part in raw:
                     self.bytes += len(part)
                     yield part
-            finally:
-                await answer.aclose()
 
-        return StreamingResponse(
-            parts(), answer.status_code, {"content-type": answer.headers["content-type"]}
-        )
+        return Forwarded(answer, parts())
