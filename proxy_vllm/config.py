@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.errors import UserError
+from proxy_vllm.member_alone import ALPHA_OF_MEMBER, MEMBER_KEY, member_of
 from proxy_vllm.methods import METHODS
 from proxy_vllm.plausibility import BETA_KEY, check_beta, drop_of
 from proxy_vllm.remote_base.settings import RemoteBase
@@ -185,6 +186,14 @@ class ProxyConfig:
         extra_args = getattr(params, "extra_args", None)
         self.alpha_of(extra_args)
         self.beta_of(extra_args)
+        self.member_of(extra_args)
+
+    def member_of(self, extra_args: dict[str, Any] | None) -> str | None:
+        """The member that answers one request alone; None for the steered answer."""
+        member = member_of(extra_args, (ALPHA_KEY, GUIDANCE_KEY, BETA_KEY))
+        if member is not None and self.remote_base is not None:
+            raise UserError(f"{MEMBER_KEY}: ask the base where it lives, and serve the small model")
+        return member
 
     def beta_of(self, extra_args: dict[str, Any] | None) -> float:
         """Beta of one request from its ``extra_args``; the server's where it names none."""
@@ -209,7 +218,7 @@ class ProxyConfig:
         return log_beta, drop_of(params)
 
     def worker_alpha(self, params: "SamplingParams | None", adapter: Any = None) -> float:
-        """Alpha of a request that has reached a worker.
+        """Alpha of a request that has reached a worker, or what stands for a member alone.
 
         Where adapters make the expert, a request without one has none, and its alpha is 0: then it
         is the base exactly, whatever rounding compiled graphs of two members add.
@@ -221,10 +230,11 @@ class ProxyConfig:
             params: of the request.
             adapter: its LoRA adapter, if it has one.
         """
-        if self.adapters and adapter is None:
-            return 0.0
+        extra_args = params.extra_args if params is not None else None
         try:
-            return self.alpha_of(params.extra_args if params is not None else None)
+            if member := self.member_of(extra_args):
+                return ALPHA_OF_MEMBER[member]
+            return 0.0 if self.adapters and adapter is None else self.alpha_of(extra_args)
         except UserError as error:
             from vllm.logger import init_logger
 

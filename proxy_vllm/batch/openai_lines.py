@@ -15,6 +15,7 @@ from proxy_vllm.batch.request import CHAT_FIELDS, LineOptions, Request, id_of
 from proxy_vllm.config import ALPHA_KEY, ProxyConfig
 from proxy_vllm.errors import UserError, one_line
 from proxy_vllm.explain.request import EXPLAIN_KEY, asked_top
+from proxy_vllm.member_alone import MEMBER_KEY
 from proxy_vllm.plausibility import BETA_KEY
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def parse_openai_line(
         raise UserError(f"url is {url!r}: there are {_CHAT} and {_COMPLETIONS}")
     if not isinstance(body, dict):
         raise UserError("body must be an object")
-    for key in (ALPHA_KEY, BETA_KEY):
+    for key in (ALPHA_KEY, BETA_KEY, MEMBER_KEY):
         if key in body:
             raise UserError(f'{key} belongs in {_XARGS}: {{"{key}": ...}}')
     names = CHAT_FIELDS if url == _CHAT else ("response_format",)
@@ -72,7 +73,8 @@ def parse_openai_line(
         for name in ("stream", "use_beam_search", "chat_template", "prompt_embeds"):
             if getattr(asked, name, None):
                 raise UserError(f"body.{name} is for the server: leave it out")
-        alpha = proxy.alpha_of(asked.vllm_xargs)
+        member = proxy.member_of(asked.vllm_xargs)
+        alpha = proxy.alpha_of(asked.vllm_xargs) if member is None else None
         proxy.beta_of(asked.vllm_xargs)
         if asked_top(asked.vllm_xargs) is not None:
             raise UserError(f"{EXPLAIN_KEY} is for the server and for `proxy-vllm explain`")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.config import ALPHA_KEY, GUIDANCE_KEY, ROLES, ProxyConfig
 from proxy_vllm.errors import UserError, one_line
+from proxy_vllm.member_alone import MEMBER_KEY
 from proxy_vllm.plausibility import BETA_KEY
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ CHAT_FIELDS = (
     "response_format",
 )
 LORA_KEY = "lora"
-_OWN_FIELDS = ("id", "prompt", "messages", ALPHA_KEY, BETA_KEY, LORA_KEY, *CHAT_FIELDS)
+_STEERING = (ALPHA_KEY, BETA_KEY, MEMBER_KEY)
+_OWN_FIELDS = ("id", "prompt", "messages", *_STEERING, LORA_KEY, *CHAT_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -205,14 +207,15 @@ class Request:
     ``prompt`` is text or token ids, or either for each model under ``base``, ``expert`` and
     ``antiexpert``; None where ``messages`` are given. ``chat`` are arguments of
     ``ProxyLLM.enqueue_chat``, ``kept`` fields that go into the answer as they are, and ``asked``
-    is vLLM's request where the line is in OpenAI's format. ``lora`` names an adapter.
+    is vLLM's request where the line is in OpenAI's format. ``lora`` names an adapter. ``alpha`` is
+    None where one member answers alone.
     """
 
     id: str | int
     prompt: str | list[int] | dict[str, str | list[int]] | None
     messages: list[Any] | None
     params: "SamplingParams"
-    alpha: float
+    alpha: float | None
     chat: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     asked: Any = None
@@ -264,12 +267,14 @@ def parse_request(
     if (form := given.get("response_format")) is not None:
         fields["structured_outputs"] = _structured(form, fields.get("structured_outputs"))
     extra = dict(fields.pop("extra_args", {}))
-    extra |= {key: given[key] for key in (ALPHA_KEY, BETA_KEY) if key in given}
+    extra |= {key: given[key] for key in _STEERING if key in given}
     for key in (ALPHA_KEY, BETA_KEY):
         if isinstance(extra.get(key), str):
             raise UserError(f"{key} is {_shown(extra[key])}: it must be a number")
-    alpha = extra[ALPHA_KEY] = proxy.alpha_of(extra)
-    extra.pop(GUIDANCE_KEY, None)  # alpha says it
+    alpha = None
+    if proxy.member_of(extra) is None:
+        alpha = extra[ALPHA_KEY] = proxy.alpha_of(extra)
+        extra.pop(GUIDANCE_KEY, None)  # alpha says it
     proxy.beta_of(extra)
     params = sampling_params({**defaults, **fields, "extra_args": extra})
     lora = options.adapter(given.get(LORA_KEY))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from proxy_vllm.batch.request import LORA_KEY, Request
 from proxy_vllm.config import ALPHA_KEY
 from proxy_vllm.explain.request import EXPLAIN_KEY
+from proxy_vllm.member_alone import MEMBER_KEY
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -41,6 +42,8 @@ def result_json(request: Request, output: "RequestOutput", *, token_ids: bool) -
         "completion_tokens": sum(len(c.token_ids) for c in output.outputs),
         ALPHA_KEY: request.alpha,
     }
+    if member := (request.params.extra_args or {}).get(MEMBER_KEY):
+        counts[MEMBER_KEY] = member
     if request.lora is not None:
         counts[LORA_KEY] = request.lora
     if output.prompt_logprobs is not None:

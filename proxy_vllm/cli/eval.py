@@ -212,13 +212,12 @@ def _run(args: argparse.Namespace, alphas: list[float], options: Any, say: Any) 
     arguments = llm_arguments(args)
     engine = EngineArgs.from_cli_args(args)
     steps = sorted({0.0, args.alpha, *alphas})
-    say(f"base and proxy, alpha {', '.join(f'{a:g}' for a in steps)}")
-    by_alpha = dict(zip(steps, in_child(trio, arguments, steps, options)))
+    members = [] if args.skip_expert else ["expert"]
+    say(f"base and proxy, alpha {', '.join(f'{a:g}' for a in steps)}" + "; expert" * len(members))
+    outcomes = in_child(trio, arguments, steps, members, options)
+    by_alpha = dict(zip(steps, outcomes))
     rows = {"base": by_alpha[0.0], "proxy": by_alpha[args.alpha]}
-    if not args.skip_expert:
-        say("expert alone")
-        own = alone_arguments(engine, args.expert, args.expert_args)
-        rows["expert"] = in_child(alone, own, options)
+    rows |= dict(zip(members, outcomes[len(steps) :]))
     if args.tuned:
         say("directly tuned")
         own = alone_arguments(engine, args.tuned, args.tuned_args)

@@ -6,6 +6,7 @@ few counts) instead of three gathered ``[N, V]``; what needs the whole distribut
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ from proxy_vllm.kernels.sharded import (
     merge_ranks,
     realign_columns,
 )
+from proxy_vllm.member_alone import ALPHA_OF_MEMBER
 
 if TYPE_CHECKING:
     from proxy_vllm.composite.model import ProxyTunedForCausalLM
@@ -78,6 +80,31 @@ class MemberLogits:
 
     def select(self, rows: torch.Tensor) -> "MemberLogits":
         return replace(self, members=[logits[rows] for logits in self.members])
+
+    def with_members_alone(
+        self, steering: Steering, unnamed: torch.Tensor | None = None
+    ) -> tuple["MemberLogits", Steering]:
+        """Rows that ask for one small member: its logits in the base's place, and alpha 0.
+
+        The formula then is that member alone, whatever draws from it. Tokens that no tokenizer
+        names (``unnamed`` holds columns of some), and those that the member lacks, are never drawn.
+        """
+        alpha, (base, *small) = steering.alpha, self.members
+        named = self.columns.local(self.columns.named, base.shape[1])
+        dtype = reduce(torch.promote_types, (logits.dtype for logits in self.members))
+        # Not in place, since the base may stand there as a small member too; and its rows as far
+        # apart as they were, for which the kernels are compiled.
+        mixed = base.new_empty_strided(base.shape, base.stride(), dtype=dtype).copy_(base)
+        for role, logits in zip(ROLES[1:], small, strict=True):
+            alone = (alpha == ALPHA_OF_MEMBER[role])[:, None]
+            width = min(named, logits.shape[1])
+            mixed[:, :width] = torch.where(alone, logits[:, :width], mixed[:, :width])
+            mixed[:, width:].masked_fill_(alone, -torch.inf)
+        if unnamed is not None:
+            own = mixed[:, unnamed].masked_fill_(alpha.isinf()[:, None], -torch.inf)
+            mixed.index_copy_(1, unnamed, own)
+        alpha = torch.where(alpha.isinf(), 0.0, alpha)
+        return replace(self, members=[mixed, *small]), replace(steering, alpha=alpha)
 
 
 class ShardedHeads:

@@ -32,12 +32,12 @@ from proxy_vllm.composite.members import (
     retie_embeddings,
     weight_bytes,
 )
+from proxy_vllm.composite.named_columns import columns_of, forbid_unnamed, unnamed_columns
 from proxy_vllm.composite.packed_rows import PackedRows
 from proxy_vllm.composite.shared_weights import build_sharing
 from proxy_vllm.composite.token_map import number_as_base
 from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
-from proxy_vllm.kernels.columns import Columns
 from proxy_vllm.kernels.row_parameters import Steering
 from proxy_vllm.own_prompts.prompts import unsupported_reason
 
@@ -108,14 +108,14 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             {role: self.member_configs[role].model_config.dtype for role in self.run_roles}
         )
         self.hidden_dtype = self.packed.dtype
-        self.columns = self._columns()
+        self.columns = columns_of(self)
         self.sharded_heads: ShardedHeads | None = None
         if get_pp_group().is_last_rank and ShardedHeads.supports(self.members()):
             self.sharded_heads = ShardedHeads(self.members(), self.columns, self.compiled)
             # vLLM looks for an attribute of this name to decide whether it may share out a batch
             # over the ranks for sampling.
             self.compute_logits_local = self._compute_logits_local
-        self.register_buffer("unnamed_columns", self._unnamed_columns(), persistent=False)
+        self.register_buffer("unnamed_columns", unnamed_columns(self), persistent=False)
         # Taken before vLLM repacks weights into forms that are no parameters (as it does on a CPU).
         self.member_weight_bytes = self._weight_bytes()
         self.weights_loaded = False
@@ -124,6 +124,9 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         self._ids: dict[str, torch.Tensor] = {}
         # What ``compute_logits`` combined, for explanations on the V1 runner; None: not kept.
         self.kept_logits: list[tuple[MemberLogits, Steering]] | None = None
+        # Whether some row of this step is a small member's alone: told by the runner, since the
+        # model would have to wait for the device to know.
+        self.some_alone = False
 
     def members(self) -> list[nn.Module]:
         """Base, expert and antiexpert; one that is the base is the very same module."""
@@ -251,34 +254,6 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
         shared = self.proxy_config.same_weights
         return [hidden[r if r in hidden else shared[r]] for r in ROLES], steering
 
-    def _columns(self) -> Columns:
-        """Which of the base's tokens the formula covers."""
-        total = self.vocab_size
-        named = min(self.proxy_config.named_tokens or total, total)
-        columns = Columns(0, total, min(named, *self.vocab_sizes.values()), named)
-        if columns.some_missing:
-            logger.info(
-                "The base has %d tokens that a small member lacks: to keep their place among the"
-                " others, every step sums over the small members' probabilities",
-                columns.named - columns.shared,
-            )
-        return columns
-
-    @property
-    def _forbidding(self) -> int:
-        """The small member whose logits forbid tokens that no tokenizer names; not the base's."""
-        return 2 if self.expert is self.base else 1
-
-    def _unnamed_columns(self) -> torch.Tensor | None:
-        """Columns on this rank that no tokenizer names; None for none."""
-        start, end = 0, self.vocab_sizes[ROLES[self._forbidding]]
-        if self.sharded_heads is not None:
-            start, wanted = self.sharded_heads.ranges[0][self.sharded_heads.rank]
-            end = min(end, wanted)
-        unnamed = [i - start for i in self.proxy_config.unnamed_tokens if start <= i < end]
-        # vLLM builds models with the device as PyTorch's default.
-        return torch.tensor(unnamed) if unnamed else None
-
     def logits_for_sampling(self, hidden: list[torch.Tensor]) -> MemberLogits:
         """Logits of each member: whole, ``3 x [N, V_m]``, or this rank's columns of them."""
         if self.sharded_heads is not None:
@@ -287,12 +262,17 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
             members = each_once(self.members(), lambda i, member: member.compute_logits(hidden[i]))
             logits = MemberLogits(members, self.columns, sharded=False)
         if self.unnamed_columns is not None and logits.members[1] is not None:
-            # What a small member forbids is never drawn unless alpha is 0: `kernels/reference.py`.
-            forbidding = self._forbidding
-            if self.members()[forbidding] is self.base:
-                logits.members[forbidding] = logits.members[forbidding].clone()
-            logits.members[forbidding].index_fill_(1, self.unnamed_columns, -torch.inf)
+            forbid_unnamed(logits, self)
         return logits
+
+    def logits_and_steering(
+        self, hidden: list[torch.Tensor], steering: Steering
+    ) -> tuple[MemberLogits, Steering]:
+        """What to combine for rows that ``unpack`` gave, those of one member alone among them."""
+        logits = self.logits_for_sampling(hidden)
+        if self.some_alone and logits.members[0] is not None:
+            return logits.with_members_alone(steering, self.unnamed_columns)
+        return logits, steering
 
     def prepare_fused_heads(self) -> None:
         """Set ``fused_heads`` once the weights are in their final form, where they fit."""
@@ -345,7 +325,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
 
     def _combined_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         hidden, steering = self.unpack(hidden_states)
-        logits = self.logits_for_sampling(hidden)
+        logits, steering = self.logits_and_steering(hidden, steering)
         if logits.members[0] is None:
             return None  # vLLM gathers logits on one rank only where it cannot on all
         if self.kept_logits is not None:
@@ -355,8 +335,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):
     def _compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """This rank's columns ``[N, padded width]`` of ``compute_logits``."""
         assert self.sharded_heads is not None
-        hidden, steering = self.unpack(hidden_states)
-        return self.sharded_heads.combined_local(self.sharded_heads.local(hidden), steering)
+        logits, steering = self.logits_and_steering(*self.unpack(hidden_states))
+        return self.sharded_heads.combined_local(logits, steering)
 
     @property
     def packed_width(self) -> int:

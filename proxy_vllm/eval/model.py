@@ -10,6 +10,7 @@ from proxy_vllm.config import ALPHA_KEY
 from proxy_vllm.errors import UserError
 from proxy_vllm.eval.vllm_name import vllm_by_name
 from proxy_vllm.llm import ProxyLLM
+from proxy_vllm.member_alone import MEMBER_KEY
 
 with vllm_by_name():
     from lm_eval.models.vllm_causallms import VLLM
@@ -122,6 +123,11 @@ class ProxyVLLM(GreedyVLLM):
     @alpha.setter
     def alpha(self, value: float) -> None:
         self._alpha = self.model.proxy_config.check_alpha(value, "alpha")
+        self.steering: dict[str, Any] = {ALPHA_KEY: self._alpha}
+
+    def ask_alone(self, member: str) -> None:
+        """Let one member answer the requests from now on, until ``alpha`` is set."""
+        self.steering = {MEMBER_KEY: member}
 
     def _model_generate(
         self,
@@ -136,5 +142,5 @@ class ProxyVLLM(GreedyVLLM):
         if not isinstance(sampling_params, list):
             sampling_params = [sampling_params] * len(requests)
         for params in sampling_params:
-            params.extra_args = {ALPHA_KEY: self.alpha, **(params.extra_args or {})}
+            params.extra_args = {**self.steering, **(params.extra_args or {})}
         return super()._model_generate(requests, generate=True, sampling_params=sampling_params)

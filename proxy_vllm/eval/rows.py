@@ -1,9 +1,7 @@
-"""The systems that are compared: base and proxy from one engine, expert and tuned each alone.
+"""The systems that are compared: base, expert and proxy from one engine, the tuned model alone.
 
-Base and every alpha share the trio's engine: alpha 0 is the base exactly. The expert alone is in no
-alpha's reach (``base + alpha * (expert - antiexpert)`` has the base in it), and the tuned model is
-none of the trio, so each gets an engine of its own afterwards, in a process that gives its memory
-back.
+Alpha 0 is the base exactly, and ``proxy_member`` the expert. The tuned model is none of the trio,
+and gets an engine of its own afterwards, in a process that gives its memory back.
 """
 
 import os
@@ -46,8 +44,13 @@ def alone_arguments(engine: Any, model: str, own: dict[str, Any]) -> dict[str, A
     return {**kept, **cpu_kv_cache(kept), "pretrained": model}
 
 
-def trio(arguments: dict[str, Any], alphas: Sequence[float], options: HarnessOptions) -> Any:
-    """Outcomes of the trio at each alpha, in their order; in this process."""
+def trio(
+    arguments: dict[str, Any],
+    alphas: Sequence[float],
+    members: Sequence[str],
+    options: HarnessOptions,
+) -> list[Outcome]:
+    """Outcomes of the trio at each alpha and of members alone, in their order; in this process."""
     from proxy_vllm.eval.model import ProxyVLLM
 
     own = {"pretrained": arguments["model"], "batch_size": options.batch_size}
@@ -56,6 +59,9 @@ def trio(arguments: dict[str, Any], alphas: Sequence[float], options: HarnessOpt
     outcomes = []
     for alpha in alphas:
         model.alpha = alpha
+        outcomes.append(evaluate(model, options))
+    for member in members:
+        model.ask_alone(member)
         outcomes.append(evaluate(model, options))
     return outcomes
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxy_vllm.config import ProxyConfig
 from proxy_vllm.errors import UserError
+from proxy_vllm.member_alone import member_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -47,7 +48,10 @@ def asked_top(extra_args: dict[str, Any] | None) -> int | None:
     """``top_of`` at admission, which refuses what is set later."""
     if ALONE_KEY in (extra_args or {}):
         raise UserError(f"{ALONE_KEY} is not for requests to set")
-    return top_of(extra_args)
+    top = top_of(extra_args)
+    if top is not None:
+        member_of(extra_args, EXPLAIN_KEYS)
+    return top
 
 
 def worker_top(params: Any) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from proxy_vllm.config import ALPHA_KEY, GUIDANCE_KEY, ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
 from proxy_vllm.explain.request import EXPLAIN_KEYS
+from proxy_vllm.member_alone import MEMBER_KEY
 from proxy_vllm.plausibility import BETA_KEY
 
 if TYPE_CHECKING:
@@ -113,7 +114,10 @@ def refuse_misspelled(names: Iterable[str], place: str = "extra_args") -> None:
     Raises:
         UserError: with the right name.
     """
-    keys = (ALPHA_KEY, BETA_KEY, GUIDANCE_KEY, NEGATIVE_KEY, *EXPLAIN_KEYS, *PROMPT_KEYS.values())
+    keys = (
+        *(ALPHA_KEY, BETA_KEY, GUIDANCE_KEY, MEMBER_KEY, NEGATIVE_KEY),
+        *(*EXPLAIN_KEYS, *PROMPT_KEYS.values()),
+    )
     letters = {_letters(key): key for key in keys}
     known = {*letters.values(), RESOLVED_KEY}
     for name in names:

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from proxy_vllm.config import ALPHA_KEY, GUIDANCE_KEY, ProxyConfig
 from proxy_vllm.errors import UserError
 from proxy_vllm.explain.request import EXPLAIN_KEY, TOP_KEY, asked_top, check_engine
+from proxy_vllm.member_alone import MEMBER_KEY
 from proxy_vllm.own_prompts.prompts import (
     NEGATIVE_KEY,
     PROMPT_KEYS,
@@ -31,7 +32,7 @@ from proxy_vllm.spec_decode.admission import admit_every_parameter
 
 _XARGS = "vllm_xargs"
 _OUR_KEYS = (
-    *(ALPHA_KEY, BETA_KEY, GUIDANCE_KEY, TOP_KEY, EXPLAIN_KEY),
+    *(ALPHA_KEY, BETA_KEY, GUIDANCE_KEY, MEMBER_KEY, TOP_KEY, EXPLAIN_KEY),
     *(NEGATIVE_KEY, *PROMPT_KEYS.values()),
 )
 # Bodies that mention none of these pass without being parsed; see _may_name_our_keys.
@@ -182,7 +183,7 @@ class AdmissionMiddleware:
             raise UserError(f"{path} reads no {_XARGS}: it answers with the server's alpha")
         _check_places(request, fields, place, named)
         refuse_misspelled(named, place)
-        scope[SCOPE_KEY] = proxy.alpha_of(named)
+        scope[SCOPE_KEY] = proxy.member_of(named) or proxy.alpha_of(named)
         proxy.beta_of(named)
         explains = asked_top(named) is not None
         chat = chat and isinstance(request.get("messages"), list)
@@ -199,7 +200,7 @@ class AdmissionMiddleware:
                 )
             raise UserError(
                 f"use_beam_search reads no {place}, and so neither {ALPHA_KEY}, {BETA_KEY},"
-                f" {EXPLAIN_KEY} nor"
+                f" {EXPLAIN_KEY}, {MEMBER_KEY} nor"
                 " prompts of each model's own: leave it out, or ask for n answers and keep the"
                 " likeliest"
             )

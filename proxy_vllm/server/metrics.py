@@ -18,7 +18,7 @@ from proxy_vllm.config import ProxyConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
-# Where admission leaves the alpha that a request names.
+# Where admission leaves the alpha that a request names, or the member that it asks alone.
 SCOPE_KEY = "proxy_vllm.alpha"
 
 # Upper ends of the ranges by which requests are counted. Exactly 0, the base alone, is its own.
@@ -53,8 +53,13 @@ _CHANGED = _gauge("changed_tokens", "Of the compared tokens, those that the base
 _DRAFTS = _gauge("num_drafts", "Tokens that the expert drafts in a step (--speculative-tokens)")
 
 
-def alpha_range(alpha: float) -> str:
-    """The range by which a request is counted: ``<0``, ``0``, ``0-0.25``, ..., ``>3``."""
+def alpha_range(alpha: float | str) -> str:
+    """The range by which a request is counted: ``<0``, ``0``, ``0-0.25``, ..., ``>3``.
+
+    One that asks for a small member alone has no alpha and is counted by the member's name.
+    """
+    if isinstance(alpha, str):
+        return "0" if alpha == "base" else alpha
     if alpha < 0:
         return "<0"
     low = 0.0

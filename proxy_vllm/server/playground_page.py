@@ -1,8 +1,8 @@
 """The page `/playground` (`proxy-vllm serve --playground`): static files, and a few settings.
 
 The page itself is open, as `/docs` and `/metrics` are: it tells the default of alpha, its range,
-and whether tokens can be explained. What it sends goes to routes below `/v1`, which ask for the
-key.
+and whether tokens can be explained and the expert be asked alone. What it sends goes to routes
+below `/v1`, which ask for the key.
 """
 
 from pathlib import Path
@@ -72,5 +72,11 @@ def _settings(request: Request) -> JSONResponse:
     except UserError:
         explains = False
     return JSONResponse(
-        {"alpha": proxy.alpha, "alpha_range": proxy.alpha_range, "explain": explains}
+        {
+            "alpha": proxy.alpha,
+            "alpha_range": proxy.alpha_range,
+            "explain": explains,
+            # Whether there is an expert to ask alone: not where that is the base, or none is here.
+            "expert": proxy.remote_base is None and proxy.same_weights.get("expert") != "base",
+        }
     )

@@ -42,16 +42,15 @@ class ChangedTokens:
         packed: torch.Tensor,  # [B, packed width], the row of each request's next token
         emits: torch.Tensor,  # [B] bool; False while a prompt is not read to its end
     ) -> None:
-        """Compare some rows of a step; rows with alpha 0 are the base's own and do not count."""
+        """Compare some rows of a step; rows with alpha 0, or of one member, do not count."""
         count = packed.shape[0]
         if count > _ROWS:
             # Other requests each time.
             first = self._steps // self.every * _ROWS
             index = (torch.arange(_ROWS, device=packed.device) + first) % count
             packed, emits = packed[index], emits[index]
-        hidden, steering = model.unpack(packed)
+        logits, steering = model.logits_and_steering(*model.unpack(packed))
         alpha = steering.alpha
-        logits = model.logits_for_sampling(hidden)
         if logits.members[0] is None:
             return  # vLLM gathers logits on one rank only where it cannot on all
         base = replace(steering, alpha=torch.zeros_like(alpha))

@@ -115,6 +115,7 @@ class ProxyCPUModelRunner(AdapterRunner, CPUModelRunner):
         steering = common.repeat(1, positions.shape[-1])  # [3, T]
         steering[:, : tokens.sum()] = torch.from_numpy(np.repeat(rows, tokens, axis=0).T)
         self.model.kept_logits = [] if any(row.top for row in known) else None
+        self.model.some_alone = bool(np.isinf(rows[:, 0]).any())
         return super()._model_forward(
             *args, positions=positions, alpha=steering[0], plausibility=steering[1:], **kwargs
         )

@@ -215,12 +215,13 @@ class ProxyModelRunner(AdapterRunner, GPUModelRunner):
         if len(others) == input_batch.num_reqs and not len(explained):
             return super().sample(hidden_states, input_batch, grammar_output)
 
-        scored = sampler.requests_of_logprobs(input_batch, others)
+        scored, alone = sampler.requests_of_logprobs(input_batch, others), self.model.some_alone
         graphs = self.sampler_graphs
         if (
             graphs is not None
             and not len(others)
             and not len(explained)
+            and not alone
             and not drafted
             and graphs.holds(input_batch.num_reqs)
         ):
@@ -228,11 +229,12 @@ class ProxyModelRunner(AdapterRunner, GPUModelRunner):
             return output, output.num_sampled, output.num_rejected
 
         hidden, steering = self.model.unpack(hidden_states[input_batch.logits_indices])
-        parameters = sampler.rows_of(input_batch, steering)
-        if len(others) or len(scored) or len(explained):
-            logits = self.model.logits_for_sampling(hidden)
+        if alone or len(others) or len(scored) or len(explained):
+            logits, steering = self.model.logits_and_steering(hidden, steering)
+            parameters = sampler.rows_of(input_batch, steering)
             tokens = sampler.draw(logits, parameters)
         else:
+            parameters = sampler.rows_of(input_batch, steering)
             tokens = self.draw(hidden, parameters)
         output = sampler.output_of(tokens, input_batch)
         if len(scored):

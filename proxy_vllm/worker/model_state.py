@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from vllm.config import VllmConfig
@@ -160,6 +161,7 @@ class _ProxyState(DefaultModelState):
         self, input_batch: InputBatch, req_states: RequestState
     ) -> dict[str, torch.Tensor | None]:
         inputs = super().prepare_inputs(input_batch, req_states)
+        self.model.some_alone = bool(np.isinf(self.alpha.np[input_batch.idx_mapping_np]).any())
         _expand_steering_kernel[(input_batch.num_reqs,)](
             self.alpha.gpu,
             self.plausibility.gpu,

@@ -72,6 +72,22 @@ def test_type_and_stream_beside_the_base(server, known: Page):
     assert known.locator("h2").all_inner_texts() == ["base, alpha 0", "proxy, alpha 0.5"]
 
 
+def test_beside_the_expert(server, known: Page):
+    known.fill("#prompt", PROMPT)
+    known.fill("#max-tokens", "12")
+    known.get_by_label("Base beside it").uncheck()
+    known.get_by_label("Expert beside it").check()
+    known.keyboard.press("Control+Enter")
+    extra = {"ignore_eos": False, "vllm_xargs": {"proxy_member": "expert"}}
+    alone = server.complete(prompt=PROMPT, max_tokens=12, extra=extra).choices[0].text
+    steered = server.complete(prompt=PROMPT, max_tokens=12, extra={"ignore_eos": False})
+    wanted = [steered.choices[0].text, alone]
+    assert wanted[0] != wanted[1]
+    assert [text.split() for text in answers(known)] == [text.split() for text in wanted]
+    assert known.locator("h2").all_inner_texts() == ["proxy, alpha 1.5", "expert alone"]
+    assert '"proxy_alpha"' in known.locator("#curl").inner_text()
+
+
 def test_colours_are_of_the_servers_own_numbers(server, known: Page):
     known.fill("#prompt", PROMPT)
     known.fill("#max-tokens", "12")
@@ -202,7 +218,9 @@ def test_the_page_is_static_and_says_little(server):
     def get(path: str):
         return urllib.request.urlopen(f"{server.url}/playground/{path}")
 
-    assert json.load(get("settings.json")).keys() == {"alpha", "alpha_range", "explain"}
+    assert json.load(get("settings.json")).keys() == {
+        *("alpha", "alpha_range", "explain", "expert")
+    }
     page = get("")
     assert "default-src 'self'" in page.headers["Content-Security-Policy"]
     for path in ("absent", "../admission.py", "%2e%2e/admission.py"):

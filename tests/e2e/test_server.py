@@ -128,6 +128,14 @@ def test_chat_uses_the_template_and_alpha(server, trio, models):
     assert answer.usage.prompt_tokens == len(ids)
 
 
+def test_a_member_by_itself(server, trio):
+    for member in ("expert", "antiexpert"):
+        alone = Trio.load(*[trio[member]] * 3, torch.float32)
+        asked = {"vllm_xargs": {"proxy_member": member}}
+        choice = server.complete(extra=asked).choices[0]
+        assert choice.token_ids == greedy(alone, PROMPT, 8, 0.0)[0]
+
+
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 10.5, "much", True])
 def test_an_alpha_that_cannot_run_is_a_400_that_harms_nobody(server, models, alpha):
     outcome = {}

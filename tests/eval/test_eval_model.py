@@ -74,6 +74,18 @@ def test_loglikelihoods_are_those_of_transformers(model, reference, alpha):
         assert value == pytest.approx(expected(reference, tokens, 1, alpha)[0], abs=1e-3)
 
 
+@pytest.mark.parametrize("member", MEMBERS[1:])
+def test_loglikelihoods_of_a_member_alone(model, member):
+    model.ask_alone(member)
+    (problem,) = make_problems("test", 1)
+    pair = (problem.prompt, f" {problem.answer}")
+    ((value, _),) = model.loglikelihood(instances("loglikelihood", [pair]), disable_tqdm=True)
+    alone = Trio.load(*[str(model_path(member))] * 3, dtype=torch.float32)
+    tokens = model.tok_encode("".join(pair))
+    wanted, _ = expected(alone, tokens, len(model.tok_encode(pair[0])), 0.0)
+    assert value == pytest.approx(wanted, abs=1e-4 * len(tokens))
+
+
 def test_texts_end_at_until_and_do_not_depend_on_batches(model):
     prompts = [problem.prompt for problem in make_problems("test", 7)]
     answers = {}

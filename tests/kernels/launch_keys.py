@@ -87,17 +87,26 @@ def runner_of(model: Model) -> ProxyModelRunner:
     return runner
 
 
-def serve(runner: ProxyModelRunner, rows: int, filters: frozenset[str], special: int) -> None:
-    """One step of the runner: some rows are special and need their distribution."""
+def serve(
+    runner: ProxyModelRunner, rows: int, filters: frozenset[str], special: int, alone: bool
+) -> None:
+    """One step of the runner: some rows are special and need their distribution.
+
+    ``alone``: and some ask for one member by itself.
+    """
     model, sampler = runner.model, runner.sampler
     hidden, steering = model.unpack(empty(rows, model.packed_width, dtype=torch.bfloat16))
     parameters = sampler.row_buffers.rows(steering, filters)
-    if not special:
+    if not special and not alone:
         runner.draw(hidden, parameters)
         return
     logits = model.logits_for_sampling(hidden)
+    if alone:
+        logits, steering = logits.with_members_alone(steering, empty(3, dtype=torch.int64))
     if special < rows:
         sampler.draw(logits, parameters)
+        if not special:
+            return
         index = empty(special, dtype=torch.int64)
         model.combine(logits, steering, index, parameters.masked)
     else:
@@ -125,7 +134,8 @@ def main() -> None:
         for rows in batches:
             for mix in mixes:
                 for special in {0, 1, rows // 2, rows}:
-                    serve(runner, rows, mix, special)
+                    for alone in (False, True):
+                        serve(runner, rows, mix, special, alone)
         names = sorted(key.split("|")[0] for key in seen)
         results.append({"vocab": vocab, "warm": warm, "added": len(seen) - warm, "names": names})
     print(json.dumps(results))

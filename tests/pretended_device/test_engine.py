@@ -97,6 +97,26 @@ class TestOneEngine:
             assert_explained(found, reference, PROMPTS[row], expected[row], alpha, 2 + row)
         assert_quiet(seen)
 
+    def test_members_alone(self, llm, expected, trio):
+        """Beside steered rows; with log-probabilities too, which vLLM's sampler draws."""
+        alone = {0: "expert", 1: "antiexpert"}
+        for fields in ({}, {"logprobs": 2}):
+            asked = [params(row, **fields) for row in ALL]
+            for row, member in alone.items():
+                asked[row].temperature = 0.0
+                asked[row].extra_args = {"proxy_member": member}
+            prompts = [{"prompt_token_ids": PROMPTS[row]} for row in ALL]
+            with watch() as seen:
+                outputs = llm.generate(prompts, asked, use_tqdm=False)
+            for row, tokens in enumerate(tokens_of(outputs)):
+                # The loop over three times the same model is that model.
+                if member := alone.get(row):
+                    model = Trio.load(*[trio[member]] * 3, torch.float32)
+                    assert tokens == greedy(model, PROMPTS[row], TOKENS, 0.0)[0]
+                else:
+                    assert tokens == expected[row]
+            assert_quiet(seen)
+
     def test_changed_tokens_are_counted_without_a_wait(self, engine, expected):
         llm, runner = engine[:2]
         runner.changed_tokens.every = 1

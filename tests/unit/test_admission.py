@@ -361,6 +361,11 @@ REFUSALS = [
     (COMPLETIONS, {"proxy_beta": 0.1}, "proxy_beta belongs in vllm_xargs"),
     (COMPLETIONS, xargs(beta=0.1), "the name is proxy_beta"),
     (COMPLETIONS, {"use_beam_search": True, **xargs(proxy_beta=0.1)}, "use_beam_search"),
+    (COMPLETIONS, xargs(proxy_member="tuned"), "there are base, expert, antiexpert"),
+    (COMPLETIONS, xargs(proxy_member="expert", proxy_alpha=1), "proxy_alpha: proxy_member asks"),
+    (COMPLETIONS, xargs(proxy_member="expert", proxy_explain=1), "proxy_explain: proxy_member"),
+    (COMPLETIONS, {"proxy_member": "expert"}, "proxy_member belongs in vllm_xargs"),
+    (CHAT, xargs(member="expert"), "the name is proxy_member"),
     (COMPLETIONS, {"proxy_alpha": 1}, 'proxy_alpha belongs in vllm_xargs: {"proxy_alpha": ...}'),
     (COMPLETIONS, {"proxy_expert_prompt": "w5"}, "proxy_expert_prompt belongs in vllm_xargs"),
     (TOKENS, {"proxy_alpha": 1, "sampling_params": {}}, "proxy_alpha belongs in extra_args"),
@@ -389,7 +394,7 @@ def test_refusals(plain, path, request_, message):
     assert (error["type"], error["code"]) == ("BadRequestError", 400)
     assert error["param"] in (
         *("proxy_alpha", "proxy_beta", "proxy_expert_prompt", "proxy_antiexpert_prompt"),
-        *("proxy_explain", "proxy_explain_top", "vllm_xargs", "use_beam_search", "echo"),
+        *("proxy_explain", "proxy_explain_top", "proxy_member", "vllm_xargs", "use_beam_search", "echo"),
         *("prompt_logprobs", "prompt_logprob_token_ids", "truncate_prompt_tokens"),
     )
 

@@ -168,6 +168,8 @@ def test_a_failing_source_fails_the_run():
         ({"prompt": "x", "structured_outputs": {"regex": 1}}, "structured_outputs is "),
         ({"prompt": "x", "n": 2, "temperature": 0}, "n must be 1"),
         ({"prompt": "x", "proxy_alpha": 11}, "proxy_alpha is 11: it must lie in"),
+        ({"prompt": "x", "proxy_member": "tuned"}, "proxy_member is 'tuned': there are base"),
+        ({"prompt": "x", "proxy_member": "expert", "proxy_alpha": 1}, "proxy_alpha: proxy_member"),
         ({"prompt": "x", "proxy_alpha": "1"}, "proxy_alpha is '1': it must be a number"),
         ({"prompt": "x", "proxy_alpha": float("nan")}, "proxy_alpha is nan.*finite"),
     ],
@@ -199,6 +201,14 @@ def test_fields_reach_the_sampling_parameters():
     assert (params.top_p, params.temperature, params.stop) == (0.5, 1.0, ["end"])
     assert params.logit_bias == {3: -1.0} and params.structured_outputs.regex == "a+"
     assert params.extra_args == {"proxy_alpha": 0.0, "mine": 1}
+
+
+def test_a_member_alone_has_no_alpha():
+    request = parse_request(1, {"prompt": "x", "proxy_member": "expert"}, PROXY)
+    assert request.alpha is None and request.params.extra_args == {"proxy_member": "expert"}
+    body = {**CHAT, "vllm_xargs": {"proxy_member": "antiexpert"}}
+    request = parse_request(1, {**BODY, "body": body}, PROXY)
+    assert request.alpha is None and request.params.extra_args == {"proxy_member": "antiexpert"}
 
 
 def test_a_prompt_for_each_model():

@@ -16,7 +16,7 @@ function alpha() {
   return text === "" || Number.isNaN(Number(text)) ? text : Number(text);
 }
 
-function body(strength, coloured) {
+function body(xargs) {
   const system = at("system").value.trim();
   const text = at("prompt").value;
   const said = chat()
@@ -31,14 +31,24 @@ function body(strength, coloured) {
     ...(seed !== "" && { seed: Number(seed) }),
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },
-    vllm_xargs: { proxy_alpha: strength, ...(coloured && { proxy_explain: true }) },
+    vllm_xargs: xargs,
   };
 }
 
-const coloured = () => settings.explain && at("colour").checked;
+function steered() {
+  const coloured = settings.explain && at("colour").checked;
+  return { proxy_alpha: alpha(), ...(coloured && { proxy_explain: true }) };
+}
+
+/** Titles of the columns, and what each asks of the server. */
+const columns = () => [
+  ...(at("show-base").checked ? [["base, alpha 0", { proxy_alpha: 0 }]] : []),
+  [`proxy, alpha ${alpha()}`, steered()],
+  ...(settings.expert && at("show-expert").checked ? [["expert alone", { proxy_member: "expert" }]] : []),
+];
 
 function showCurl() {
-  const quoted = JSON.stringify(body(alpha(), coloured()), null, 2).replaceAll("'", "'\\''");
+  const quoted = JSON.stringify(body(steered()), null, 2).replaceAll("'", "'\\''");
   const key = at("key").value ? ` \\\n  -H "Authorization: Bearer $API_KEY"` : "";
   at("curl").textContent =
     `curl -N ${address(path())} \\\n  -H 'Content-Type: application/json'${key} \\\n  -d '${quoted}'`;
@@ -92,9 +102,8 @@ async function send() {
   try {
     if (!at("model").value) await loadModels();
     showCurl();
-    const wanted = [...(at("show-base").checked ? [["base", 0, false]] : []), ["proxy", alpha(), coloured()]];
-    const runs = wanted.map(([name, strength, colours]) =>
-      fill(new Column(`${name}, alpha ${strength}`, at("answers")), body(strength, colours), signal));
+    const runs = columns().map(([title, xargs]) =>
+      fill(new Column(title, at("answers")), body(xargs), signal));
     const failed = (await Promise.allSettled(runs)).find((run) => run.status === "rejected");
     if (failed) throw failed.reason;
   } catch (error) {
@@ -115,6 +124,7 @@ const [low, high] = settings.alpha_range;
 Object.assign(at("slider"), { min: Math.max(low, -1), max: Math.min(high, 3), value: settings.alpha });
 at("alpha").value = settings.alpha;
 at("colour-row").hidden = !settings.explain;
+at("expert-row").hidden = !settings.expert;
 at("slider").addEventListener("input", () => (at("alpha").value = at("slider").value));
 at("alpha").addEventListener("input", () => (at("slider").value = at("alpha").value));
 at("key").addEventListener("change", () => loadModels().then(() => showError(null), showError).then(showCurl));
