@@ -394,7 +394,8 @@ def test_refusals(plain, path, request_, message):
     assert (error["type"], error["code"]) == ("BadRequestError", 400)
     assert error["param"] in (
         *("proxy_alpha", "proxy_beta", "proxy_expert_prompt", "proxy_antiexpert_prompt"),
-        *("proxy_explain", "proxy_explain_top", "proxy_member", "vllm_xargs", "use_beam_search", "echo"),
+        *("proxy_explain", "proxy_explain_top", "proxy_member", "vllm_xargs"),
+        *("use_beam_search", "echo"),
         *("prompt_logprobs", "prompt_logprob_token_ids", "truncate_prompt_tokens"),
     )
 
