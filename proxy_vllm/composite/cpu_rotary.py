@@ -29,8 +29,9 @@ def _rotate(
         return module.forward_cpu(positions, query, key)
     flat = [x if x is None else x.reshape(x.shape[0], -1) for x in (query, key)]
     rotated = module.forward_cpu(positions, *flat)
-    # The kernel writes in place, and so do callers expect it.
+    # The kernel writes in place, and so do callers expect it. Some are views already, and of one
+    # token with other strides, by which PyTorch takes them for an overlap that it cannot copy.
     for given, own in zip((query, key), rotated):
-        if given is not None:
+        if given is not None and given.data_ptr() != own.data_ptr():
             given.copy_(own.view(given.shape))
     return query, key

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-TOKENS, HEADS, SIZE = 5, 4, 32
+HEADS, SIZE = 4, 32
 
 
-def tensors() -> tuple[torch.Tensor, ...]:
+def tensors(tokens: int = 5) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(TOKENS, HEADS, SIZE, generator=generator)
-    key = torch.randn(TOKENS, 1, SIZE, generator=generator)
-    return torch.arange(TOKENS), query, key
+    query = torch.randn(tokens, HEADS, SIZE, generator=generator)
+    key = torch.randn(tokens, 1, SIZE, generator=generator)
+    return torch.arange(tokens), query, key
 
 
 @pytest.fixture
@@ -30,19 +30,21 @@ def test_the_kernel_is_wrong_for_queries_by_head(rotary):
     assert not torch.allclose(right.view(query.shape), wrong)
 
 
+@pytest.mark.parametrize("tokens", [5, 1])
 @pytest.mark.parametrize("by_head", [True, False])
-def test_members_rotate_rightly(rotary, by_head):
+def test_members_rotate_rightly(rotary, by_head, tokens):
     from proxy_vllm.composite.cpu_rotary import rotate_flat
 
     assert rotary._forward_method == rotary.forward_cpu
     rotate_flat(torch.nn.ModuleList([rotary]))
     assert rotary._forward_method != rotary.forward_cpu
-    positions, query, key = tensors()
+    positions, query, key = tensors(tokens)
     want = rotary.forward_native(positions, query.clone(), key.clone())
-    wide = torch.zeros(TOKENS, HEADS, SIZE + 8)
-    wide[..., 8:] = query
-    view = wide[..., 8:] if by_head else query.flatten(1)  # a part of a row, as DeepSeek's
-    got = rotary(positions, view, key if by_head else key.flatten(1))
-    for result, expected in zip(got, want):
+    views = []
+    for given in (query, key):  # parts of a row, as DeepSeek's
+        wide = torch.zeros(tokens, given.shape[1], SIZE + 8)
+        wide[..., 8:] = given
+        views.append(wide[..., 8:] if by_head else given.flatten(1))
+    for result, view, expected in zip(rotary(positions, *views), views, want, strict=True):
         torch.testing.assert_close(result.view(expected.shape), expected)
-    torch.testing.assert_close(view.reshape(query.shape), want[0])  # in place
+        torch.testing.assert_close(view.reshape(expected.shape), expected)  # in place
