@@ -146,7 +146,8 @@ def check_against_vllm(tmp_path, base: str, small: str, **args) -> None:
     trio = make_family_trio(tmp_path, base, small)
     with running(**trio, **args) as llm:
         answers = generate(llm)
-        assert generate(llm) == answers
+        alone = [generate(llm, [p], [a])[0] for p, a in zip(PROMPTS, ALPHAS)]
+        assert alone == answers
     assert len({tuple(answer) for answer in answers}) == len(PROMPTS)
     for answer, rows in zip(answers, combined(trio, answers, **args)):
         chosen = rows.gather(1, torch.tensor(answer)[:, None])[:, 0]
