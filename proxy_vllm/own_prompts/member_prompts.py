@@ -231,14 +231,14 @@ class MemberPrompts:
         guided = self.proxy.guided
         if not prompts and not names_own_prompts(extra_args) and not guided:
             return params
+        if extra_args.get(NEGATIVE_KEY) is not None and not guided:
+            raise UserError(f"{NEGATIVE_KEY} is for --method cfg")
         if self.unsupported is not None:
             raise UserError(f"a prompt for each model: {self.unsupported}")
         check_parameters(params, guided)
         named = {**(prompts or {}), **extra_args}
         if (negative := named.pop(NEGATIVE_KEY, None)) is not None:
             key = PROMPT_KEYS["antiexpert"]
-            if not guided:
-                raise UserError(f"{NEGATIVE_KEY} is for --method cfg")
             if extra_args.get(key) is not None:
                 raise UserError(f"{NEGATIVE_KEY} and {key} are one prompt: leave {key} out")
             named[key] = negative

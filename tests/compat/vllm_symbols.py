@@ -316,11 +316,11 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.v1.engine.core_client:EngineCoreClient": {"batch/file_job.py": "shutdown"},
     "vllm:RequestOutput": {
         "batch/generator.py": "finished outputs request_id",
-        "batch/request.py": "kv_transfer_params prompt_logprobs prompt_token_ids",
+        "batch/result.py": "kv_transfer_params prompt_logprobs prompt_token_ids",
         "remote_base/answers.py": "kv_transfer_params",
     },
-    "vllm:CompletionOutput": {"batch/request.py": "finish_reason logprobs text token_ids"},
-    "vllm.logprobs:Logprob": {"batch/request.py": "decoded_token logprob rank"},
+    "vllm:CompletionOutput": {"batch/result.py": "finish_reason logprobs text token_ids"},
+    "vllm.logprobs:Logprob": {"batch/result.py": "decoded_token logprob rank"},
     "vllm:SamplingParams": {
         "request.py": "extra_args",
         "own_prompts/prompts.py": "prompt_logprob_token_ids prompt_logprobs",
