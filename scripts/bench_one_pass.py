@@ -236,10 +236,10 @@ def main() -> None:
         rows = []
         for small in args.small:
             names = {"whole": small, "one_layer": one_layer(small)}
-            rounds = [
-                {what: run(steps, each, root) for what, each in names.items()}
-                for _ in range(args.rounds)
-            ]
+            rounds = []
+            for number in range(args.rounds):
+                rounds.append({what: run(steps, each, root) for what, each in names.items()})
+                print(f"{small}, round {number + 1}/{args.rounds}: {rounds[-1]}", file=sys.stderr)
             rows += gains(small, rounds, args)
     result = {
         **provenance(script_argv("bench_one_pass.py")),
