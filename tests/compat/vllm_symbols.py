@@ -483,9 +483,9 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.explain.columns:ExplainedLists": "slice_request",
     "proxy_vllm.explain.front_end:ExplainingProcessor": "__init__ _update_sample_logprobs",
     "proxy_vllm.explain.front_end:ExplainingOutputProcessor": "__init__ add_request",
-    "proxy_vllm.explain.serving:ExplainingChat": "__init__ chat_completion_full_generator"
+    "proxy_vllm.server.extra_fields:CarryingChat": "__init__ chat_completion_full_generator"
     " chat_completion_stream_generator",
-    "proxy_vllm.explain.serving:ExplainingCompletion": "__init__ completion_stream_generator"
+    "proxy_vllm.server.extra_fields:CarryingCompletion": "__init__ completion_stream_generator"
     " request_output_to_completion_response",
     "proxy_vllm.worker.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync"
     " _input_fits_in_drafter _model_forward _sample _update_states load_model sample_tokens"
@@ -507,9 +507,6 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.worker.sampler:ProxySampler": "__init__ add_request",
     "proxy_vllm.server.ray_serve:_Parser": "error",
     "proxy_vllm.remote_base.async_llm:RemoteBaseLLM": "_run_output_handler",
-    "proxy_vllm.remote_base.answers:ReportingCompletions": "__init__ completion_stream_generator"
-    " request_output_to_completion_response",
-    "proxy_vllm.remote_base.answers:ReportingChats": "__init__ chat_completion_stream_generator",
     "proxy_vllm.worker.gpu_worker:ProxyWorker": "_make_model_runner compile_or_warm_up_model"
     " execute_model get_kv_cache_spec init_device initialize_from_config load_model"
     " reload_weights",

@@ -8,10 +8,11 @@ import numpy as np
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 
-from proxy_vllm.remote_base.answers import ReportingChats, ReportingCompletions, report_in_answers
+from proxy_vllm.remote_base.answers import report_in_answers
 from proxy_vllm.remote_base.reports import REPORT_KEY, Report, Reports
 from proxy_vllm.remote_base.steering import Choice
 from proxy_vllm.remote_base.usage import Usage
+from proxy_vllm.server.extra_fields import CarryingChat, CarryingCompletion
 
 
 def a_choice(certified: bool, cut_mass: float) -> Choice:
@@ -80,8 +81,8 @@ def test_each_choice_of_a_stream_ends_with_its_report(monkeypatch):
     )
     report_in_answers(state)
     serving = state.openai_serving_completion
-    assert isinstance(serving, ReportingCompletions) and serving.of_vllm
-    assert isinstance(state.openai_serving_chat, ReportingChats)
+    assert isinstance(serving, CarryingCompletion) and serving.of_vllm
+    assert isinstance(state.openai_serving_chat, CarryingChat)
     report_in_answers(state)
     assert state.openai_serving_completion is serving
 
