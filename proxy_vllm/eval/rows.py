@@ -34,7 +34,8 @@ def alone_arguments(engine: Any, model: str, own: dict[str, Any]) -> dict[str, A
 
     from proxy_vllm.engine_args import cpu_kv_cache
 
-    defaults = type(engine)()
+    # With the same model, since vLLM looks for its default one where the hub is switched off.
+    defaults = type(engine)(model=engine.model)
     kept = {
         f.name: getattr(engine, f.name)
         for f in dataclasses.fields(engine)
