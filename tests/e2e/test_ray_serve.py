@@ -188,7 +188,7 @@ def test_load_starts_a_second_replica_and_both_answer_alike(application, models)
 
 def test_an_interrupt_ends_it_with_its_engines(application):
     """Last: it ends the application."""
-    application.wait_for(lambda: len(engines()) == 2, 60)
+    application.wait_for(engines, 60)
     application.process.send_signal(signal.SIGINT)
     assert application.process.wait(timeout=120) == 0
     deadline = time.monotonic() + 60
