@@ -40,7 +40,7 @@ from bench_common import (
     random_prompts,
     script_argv,
 )
-from bench_step import SHAPES, cuda_graphs, start_engine, write_config, write_models
+from bench_step import SHAPES, cuda_graphs, start_engine, write_models, write_trio
 
 SHAPES["135m-narrow"] = {**SHAPES["135m"], "vocab_size": 512}
 # How much longer the expert's prompt is than the base's, and the antiexpert's shorter: all three
@@ -264,8 +264,7 @@ def main() -> None:
             checked = child(check, trio, args)
         if not checked["passed"]:
             sys.exit(f"bench_own_prompts.py: error: tokens differ from Transformers': {checked}")
-        base, small = (write_config(root, shape) for shape in args.shapes)
-        engines, turns = take_turns([base, small, small], args)
+        engines, turns = take_turns(write_trio(root, args.shapes), args)
     result = {
         **provenance(script_argv("bench_own_prompts.py")),
         "shapes": {"base": args.shapes[0], "expert": args.shapes[1], "antiexpert": args.shapes[1]},

@@ -74,13 +74,19 @@ SYSTEMS: dict[str, dict | None] = {
 }
 
 
-def write_config(root: Path, name: str) -> str:
+def write_config(root: Path, name: str, role: str = "") -> str:
     """A folder that holds the config.json of `SHAPES[name]`, and nothing else."""
-    folder = root / name
-    folder.mkdir(exist_ok=True)
+    folder = root / role / name
+    folder.mkdir(parents=True, exist_ok=True)
     config = {**LLAMA, **SHAPES[name], "max_position_embeddings": 8192}
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+def write_trio(root: Path, shapes: list[str]) -> list[str]:
+    """Folders of base, expert and antiexpert; one each, since what is the base twice runs once."""
+    roles = zip(("base", "expert", "antiexpert"), (*shapes, shapes[1]))
+    return [write_config(root, shape, role) for role, shape in roles]
 
 
 def write_models(root: Path, name: str) -> list[str]:
@@ -329,8 +335,7 @@ def main() -> None:
                     f"bench_step.py: error: {system}: tokens differ from Transformers' choices:"
                     f" {checked[system]}"
                 )
-        base, small = (write_config(root, shape) for shape in args.shapes)
-        models = [base, small, small]
+        models = write_trio(root, args.shapes)
         measured = {s: run(measure, s, models) for s in args.systems}
     rows = rows_of(measured, args)
     result = {
