@@ -2,8 +2,9 @@
 
 vLLM's own (0.32.0) take row -1 of a table, its last slot, for rows without an adapter, which then
 get another request's; they copy an adapter's matrices once for each token; and their Python numbers
-become constants of a compiled graph. Here the rows of each adapter are one product, rows without an
-adapter are not touched, and Dynamo sees one opaque operator.
+become constants of a compiled graph. Here each adapter of a step is one product, and rows of others
+add zeros or are left out. Compiled members trace the product of all slots; where that would be much
+more than a step needs, and in eager ones, it is an operator that knows the adapters of the step.
 """
 
 from dataclasses import dataclass
@@ -11,39 +12,59 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from vllm.config import CompilationMode, LoRAConfig, VllmConfig
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.utils.torch_utils import direct_register_custom_op
 
-# Up to so many rows, copies of their matrices cost less than a product for each adapter.
+# Up to so many rows of a step, all are multiplied by each adapter, other rows as zeros: that costs
+# less than to pick rows and to put them back, and each matrix is read once either way.
 _FEW_ROWS = 64
+# Up to so many ranks of all slots together, compiled members multiply by every slot.
+_TRACED_RANKS = 256
 
 
 @dataclass
 class Rows:
-    """The rows of a step that have an adapter."""
+    """The rows of a step that have one adapter."""
 
+    slot: int  # of the adapter
     rows: torch.Tensor  # [n]
-    slots: torch.Tensor  # [n], of their adapters
-    groups: list[tuple[int, torch.Tensor]]  # rows of each slot
+    mask: torch.Tensor  # [T, 1] float32, 1 for these rows
 
     @classmethod
-    def of(cls, ids: tuple[int, ...], slots: list[int | None]) -> "Rows":
+    def by_adapter(cls, ids: tuple[int, ...], slots: list[int | None]) -> "list[Rows]":
         """From the adapter of each row, 0 for none, and the adapter in each slot."""
         by_row = [slots.index(adapter) if adapter > 0 else -1 for adapter in ids]
         every = torch.tensor(by_row, dtype=torch.int64)
-        rows = (every >= 0).nonzero()[:, 0]
-        found = sorted(set(by_row) - {-1})
-        return cls(rows, every[rows], [(s, (every == s).nonzero()[:, 0]) for s in found])
+        return [
+            cls(slot, (every == slot).nonzero()[:, 0], (every == slot).float()[:, None])
+            for slot in sorted(set(by_row) - {-1})
+        ]
+
+
+def compile_beside_adapters(vllm_config: VllmConfig) -> None:
+    """Compile the members of an engine with adapters, where it would compile them without.
+
+    vLLM compiles nothing on a CPU beside adapters (0.32.0), whose products it could not trace.
+    What else it chooses for an engine that it compiles tells that this is one.
+    """
+    compilation = vllm_config.compilation_config
+    if vllm_config.lora_config and "cpp.dynamic_threads" in compilation.inductor_compile_config:
+        compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
 
 
 class ProductsByAdapter(PunicaWrapperCPU):
     """vLLM's interface of a step's adapters, for layers that are not sharded along the rank."""
 
-    rows: Rows | None = None
+    step: "list[Rows] | None" = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, max_num_batched_tokens: int, *args: Any, lora_config: LoRAConfig, **kwargs: Any
+    ) -> None:
+        super().__init__(max_num_batched_tokens, *args, **kwargs)
+        # Which slot's adapter each row of a step has: 1 there, 0 elsewhere.
+        self.mask = torch.zeros(max_num_batched_tokens, lora_config.max_loras)
         _OWNERS[self._token_lora_indices.data_ptr()] = self
 
     def update_metadata(
@@ -55,7 +76,10 @@ class ProductsByAdapter(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
-        self.rows = Rows.of(mapping.index_mapping, lora_index_to_id)
+        self.step = Rows.by_adapter(mapping.index_mapping, lora_index_to_id)
+        self.mask.zero_()
+        for own in self.step:
+            self.mask[: len(own.mask), own.slot] = own.mask[:, 0]
 
     def add_lora_linear(
         self,
@@ -91,6 +115,51 @@ class ProductsByAdapter(PunicaWrapperCPU):
         )
 
 
+class ProductsOfLayer:
+    """The same for one linear layer, whose matrices are laid out for one product of all slots.
+
+    Args:
+        shared: of the step.
+        layer: adapted by vLLM; its stacked matrices become views of what is here.
+    """
+
+    def __init__(self, shared: ProductsByAdapter, layer: Any) -> None:
+        a, b = layer.lora_a_stacked, layer.lora_b_stacked
+        slots, _, rank, width = a[0].shape
+        self.shared, self.traced = shared, slots * rank <= _TRACED_RANKS
+        self.slots, self.rank = slots, rank
+        self.a = torch.zeros(len(a) * slots * rank, width, dtype=a[0].dtype)
+        self.b = [torch.zeros(slots * rank, own.shape[2], dtype=own.dtype) for own in b]
+        # vLLM writes an adapter into these, by the slot that it gets.
+        layer.lora_a_stacked = tuple(self.a.view(len(a), slots, 1, rank, width))
+        layer.lora_b_stacked = tuple(
+            own.view(slots, 1, rank, own.shape[1]).transpose(2, 3) for own in self.b
+        )
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **kwargs: Any,
+    ) -> None:
+        """As ``ProductsByAdapter``; a compiled layer multiplies by every slot, and masks rows."""
+        whole = all(b.shape[1] == width for b, width in zip(self.b, output_slices))
+        if not (self.traced and whole and torch.compiler.is_compiling()):
+            self.shared.add_lora_linear(
+                y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs
+            )
+            return
+        x = x.reshape(-1, x.shape[-1]).float()
+        inner = (x @ self.a.float().T).view(-1, len(self.b), self.slots, self.rank)
+        inner = inner * self.shared.mask[: x.shape[0], None, :, None]
+        parts = [inner[:, i].flatten(1) @ b.float() for i, b in enumerate(self.b)]
+        y.view(-1, y.shape[-1]).add_(torch.cat(parts, dim=1))
+
+
 # By the address of the tensor that an operator is given, which tells engines of a process apart.
 _OWNERS: "WeakValueDictionary[int, ProductsByAdapter]" = WeakValueDictionary()
 
@@ -104,35 +173,24 @@ def _proxy_add_adapters(
     owner: torch.Tensor,
 ) -> None:
     """``y[rows] += x[rows] @ A.T @ B.T`` in float32 for each adapter, slice after slice."""
-    found = _OWNERS[owner.data_ptr()].rows
-    if found is None or not len(found.rows):
-        return
     y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-    few = len(found.rows) <= _FEW_ROWS
-    parts = [(found.slots, found.rows)] if few else found.groups
-    for slot, rows in parts:
-        whole = len(rows) == len(y)
-        own, start = (x if whole else x[rows]).float(), 0
+    for own in _OWNERS[owner.data_ptr()].step or ():
+        every = len(own.rows) == len(y)
+        masked = not every and len(y) == len(own.mask) <= _FEW_ROWS
+        given = x if every else x * own.mask if masked else x[own.rows]
+        given, start = given.float(), 0
         for i, (b, width) in enumerate(zip(lora_b, slices)):
-            inner = _product(own, lora_a[i], slot) if lora_a else own
-            change = _product(inner, b, slot)
-            part = y[:, start : start + change.shape[1]]
-            if whole:
-                part += change
+            inner = given @ lora_a[i][own.slot, 0].float().T if lora_a else given
+            weight = b[own.slot, 0].float().T  # [r, n], n up to width
+            part = y[:, start : start + weight.shape[1]]
+            if not every and not masked:
+                added = part[own.rows].float().addmm_(inner, weight)
+                part.index_copy_(0, own.rows, added.to(y.dtype))
+            elif y.dtype == torch.float32:
+                part.addmm_(inner, weight)
             else:
-                part.index_copy_(0, rows, (part[rows].float() + change).to(y.dtype))
+                part += inner @ weight
             start += width
-
-
-def _product(
-    x: torch.Tensor,  # [n, d] float32
-    stacked: torch.Tensor,  # [slots, 1, m, d]
-    slot: torch.Tensor | int,  # [n], or one for all rows
-) -> torch.Tensor:  # [n, m] float32
-    weight = stacked[slot, 0].float()
-    if isinstance(slot, int):
-        return x @ weight.T
-    return torch.bmm(weight, x[:, :, None])[:, :, 0]
 
 
 def _proxy_add_adapters_fake(

@@ -37,13 +37,22 @@ class ExpertAdapters(LRUCacheLoRAModelManager):
             from proxy_vllm.adapters.cpu_products import ProductsByAdapter
 
             self.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY] = ProductsByAdapter(
-                max_num_batched_tokens, max_batches=self.max_num_seqs, device=self.device
+                max_num_batched_tokens,
+                max_batches=self.max_num_seqs,
+                device=self.device,
+                lora_config=self.lora_config,
             )
 
     def _create_lora_modules(self) -> None:
         kept = [name for name in self.supported_lora_modules if name != "lm_head"]
         self.supported_lora_modules = kept
         super()._create_lora_modules()
+        if current_platform.is_cpu():
+            from proxy_vllm.adapters.cpu_products import ProductsOfLayer
+
+            for layer in self.modules.values():
+                if isinstance(getattr(layer, "lora_a_stacked", None), tuple):
+                    layer.punica_wrapper = ProductsOfLayer(layer.punica_wrapper, layer)
 
 
 class ExpertAdapterWorker(LRUCacheWorkerLoRAManager):

@@ -17,6 +17,7 @@ from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from proxy_vllm.adapters.cpu_products import compile_beside_adapters
 from proxy_vllm.adapters.manager import AdapterRunner
 from proxy_vllm.config import ProxyConfig
 from proxy_vllm.explain.request import without_rows, worker_top
@@ -182,6 +183,7 @@ class ProxyCPUWorker(ProxyWorker, CPUWorker):
         # vLLM's 16-bit attention uses AMX tiles without asking the system for them (0.32.0). Where
         # no matrix product is large enough that oneDNN has asked, the process ends by SIGILL.
         torch.cpu._init_amx()
+        compile_beside_adapters(self.vllm_config)
         # vLLM's CPU worker has no `_make_model_runner`; the runner it made holds no weights yet.
         self.model_runner = self._make_model_runner()
 

@@ -16,6 +16,10 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU": {
         "adapters/cpu_products.py": "_token_lora_indices"
     },
+    "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA": {
+        "adapters/cpu_products.py": "lora_a_stacked lora_b_stacked",
+        "adapters/manager.py": "punica_wrapper",
+    },
     "vllm.lora.peft_helper:PEFTHelper": {
         "adapters/check.py": "from_dict get_rank_and_scaling validate_legal"
     },
@@ -124,6 +128,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     },
     "vllm.config:LoadConfig": {"worker.py": "load_format"},
     "vllm.config:CompilationConfig": {
+        "adapters/cpu_products.py": "inductor_compile_config mode",
         "own_prompts/prompts.py": "mode",
         "runner.py": "cudagraph_capture_sizes",
     },

@@ -256,8 +256,13 @@ def test_two_ranks(small, truth, monkeypatch):
 @pytest.mark.skipif(RUNNER == "v2", reason="Dynamo cannot trace Triton's interpreter")
 def test_compiled(small, truth, tmp_path, monkeypatch):
     """Steps of other sizes and adapters than those that were traced; one without any adapter."""
+    from vllm.config import CompilationMode
+
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     with running(**adapted(small), enforce_eager=False) as llm:
+        # Of the worker too, which is in this process: vLLM itself compiles none with adapters.
+        mode = llm.llm_engine.vllm_config.compilation_config.mode
+        assert mode == CompilationMode.DYNAMO_TRACE_ONCE
         for cases in (CASES[:1], CASES[1:2], CASES, CASES[3:5]):
             assert ask(llm, cases) == [truth(*case) for case in cases]
 
