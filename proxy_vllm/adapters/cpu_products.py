@@ -7,7 +7,6 @@ add zeros or are left out. Compiled members trace the product of all slots; wher
 more than a step needs, and in eager ones, it is an operator that knows the adapters of the step.
 """
 
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -24,25 +23,6 @@ _FEW_ROWS = 64
 _TRACED_RANKS = 256
 
 
-@dataclass
-class Rows:
-    """The rows of a step that have one adapter."""
-
-    slot: int  # of the adapter
-    rows: torch.Tensor  # [n]
-    mask: torch.Tensor  # [T, 1] float32, 1 for these rows
-
-    @classmethod
-    def by_adapter(cls, ids: tuple[int, ...], slots: list[int | None]) -> "list[Rows]":
-        """From the adapter of each row, 0 for none, and the adapter in each slot."""
-        by_row = [slots.index(adapter) if adapter > 0 else -1 for adapter in ids]
-        every = torch.tensor(by_row, dtype=torch.int64)
-        return [
-            cls(slot, (every == slot).nonzero()[:, 0], (every == slot).float()[:, None])
-            for slot in sorted(set(by_row) - {-1})
-        ]
-
-
 def compile_beside_adapters(vllm_config: VllmConfig) -> None:
     """Compile the members of an engine with adapters, where it would compile them without.
 
@@ -57,14 +37,14 @@ def compile_beside_adapters(vllm_config: VllmConfig) -> None:
 class ProductsByAdapter(PunicaWrapperCPU):
     """vLLM's interface of a step's adapters, for layers that are not sharded along the rank."""
 
-    step: "list[Rows] | None" = None
-
     def __init__(
         self, max_num_batched_tokens: int, *args: Any, lora_config: LoRAConfig, **kwargs: Any
     ) -> None:
         super().__init__(max_num_batched_tokens, *args, **kwargs)
         # Which slot's adapter each row of a step has: 1 there, 0 elsewhere.
         self.mask = torch.zeros(max_num_batched_tokens, lora_config.max_loras)
+        self.num_rows = 0
+        self.rows_of_slot: dict[int, torch.Tensor] = {}  # of slots that the step has
         _OWNERS[self._token_lora_indices.data_ptr()] = self
 
     def update_metadata(
@@ -76,10 +56,14 @@ class ProductsByAdapter(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
-        self.step = Rows.by_adapter(mapping.index_mapping, lora_index_to_id)
+        ids = mapping.index_mapping  # of each row's adapter; 0 for none
+        slots = torch.tensor([lora_index_to_id.index(i) if i > 0 else -1 for i in ids])
+        found = slots[slots >= 0].unique().tolist()
+        self.num_rows = len(ids)
+        self.rows_of_slot = {slot: (slots == slot).nonzero()[:, 0] for slot in found}
         self.mask.zero_()
-        for own in self.step:
-            self.mask[: len(own.mask), own.slot] = own.mask[:, 0]
+        for slot, rows in self.rows_of_slot.items():
+            self.mask[rows, slot] = 1
 
     def add_lora_linear(
         self,
@@ -174,18 +158,19 @@ def _proxy_add_adapters(
 ) -> None:
     """``y[rows] += x[rows] @ A.T @ B.T`` in float32 for each adapter, slice after slice."""
     y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-    for own in _OWNERS[owner.data_ptr()].step or ():
-        every = len(own.rows) == len(y)
-        masked = not every and len(y) == len(own.mask) <= _FEW_ROWS
-        given = x if every else x * own.mask if masked else x[own.rows]
+    step = _OWNERS[owner.data_ptr()]
+    for slot, rows in step.rows_of_slot.items():
+        every = len(rows) == len(y)
+        masked = not every and len(y) == step.num_rows <= _FEW_ROWS
+        given = x if every else x * step.mask[: len(y), slot, None] if masked else x[rows]
         given, start = given.float(), 0
         for i, (b, width) in enumerate(zip(lora_b, slices)):
-            inner = given @ lora_a[i][own.slot, 0].float().T if lora_a else given
-            weight = b[own.slot, 0].float().T  # [r, n], n up to width
+            inner = given @ lora_a[i][slot, 0].float().T if lora_a else given
+            weight = b[slot, 0].float().T  # [r, n], n up to width
             part = y[:, start : start + weight.shape[1]]
             if not every and not masked:
-                added = part[own.rows].float().addmm_(inner, weight)
-                part.index_copy_(0, own.rows, added.to(y.dtype))
+                added = part[rows].float().addmm_(inner, weight)
+                part.index_copy_(0, rows, added.to(y.dtype))
             elif y.dtype == torch.float32:
                 part.addmm_(inner, weight)
             else:
