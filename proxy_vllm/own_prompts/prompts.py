@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 PROMPT_KEYS = {"expert": "proxy_expert_prompt", "antiexpert": "proxy_antiexpert_prompt"}
 # The antiexpert's prompt by the name that it has in classifier-free guidance.
 NEGATIVE_KEY = "proxy_negative_prompt"
+# By any of these a request has a prompt of a small member's own.
+OWN_PROMPT_KEYS = (NEGATIVE_KEY, *PROMPT_KEYS.values())
+# All that a request may say to us.
+OUR_KEYS = (ALPHA_KEY, BETA_KEY, GUIDANCE_KEY, MEMBER_KEY, *EXPLAIN_KEYS, *OWN_PROMPT_KEYS)
 # What the scheduler tells the workers: the length of the base's prompt, the other two prompts.
 RESOLVED_KEY = "proxy_own_prompts"
 
@@ -100,8 +104,7 @@ def check_ids(name: str, value: Any) -> list[int]:
 
 
 def names_own_prompts(extra_args: Any) -> bool:
-    keys = (NEGATIVE_KEY, *PROMPT_KEYS.values())
-    return isinstance(extra_args, dict) and any(key in extra_args for key in keys)
+    return isinstance(extra_args, dict) and any(key in extra_args for key in OWN_PROMPT_KEYS)
 
 
 def refuse_misspelled(names: Iterable[str], place: str = "extra_args") -> None:
@@ -114,11 +117,7 @@ def refuse_misspelled(names: Iterable[str], place: str = "extra_args") -> None:
     Raises:
         UserError: with the right name.
     """
-    keys = (
-        *(ALPHA_KEY, BETA_KEY, GUIDANCE_KEY, MEMBER_KEY, NEGATIVE_KEY),
-        *(*EXPLAIN_KEYS, *PROMPT_KEYS.values()),
-    )
-    letters = {_letters(key): key for key in keys}
+    letters = {_letters(key): key for key in OUR_KEYS}
     known = {*letters.values(), RESOLVED_KEY}
     for name in names:
         if name in known:

@@ -16,10 +16,11 @@ from starlette.exceptions import HTTPException
 
 from proxy_vllm.config import ALPHA_KEY, GUIDANCE_KEY, ProxyConfig
 from proxy_vllm.errors import UserError
-from proxy_vllm.explain.request import EXPLAIN_KEY, TOP_KEY, asked_top, check_engine
+from proxy_vllm.explain.request import EXPLAIN_KEY, asked_top, check_engine
 from proxy_vllm.member_alone import MEMBER_KEY
 from proxy_vllm.own_prompts.prompts import (
-    NEGATIVE_KEY,
+    OUR_KEYS,
+    OWN_PROMPT_KEYS,
     PROMPT_KEYS,
     RESOLVED_KEY,
     check_tokenization,
@@ -31,10 +32,6 @@ from proxy_vllm.server.metrics import SCOPE_KEY
 from proxy_vllm.spec_decode.admission import admit_every_parameter
 
 _XARGS = "vllm_xargs"
-_OUR_KEYS = (
-    *(ALPHA_KEY, BETA_KEY, GUIDANCE_KEY, MEMBER_KEY, TOP_KEY, EXPLAIN_KEY),
-    *(NEGATIVE_KEY, *PROMPT_KEYS.values()),
-)
 # Bodies that mention none of these pass without being parsed; see _may_name_our_keys.
 _ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 # The place of our keys is a mention too: a misspelled key there is refused by its right name.
@@ -179,7 +176,7 @@ class AdmissionMiddleware:
                 return None
         xargs = fields.get(place)
         named = xargs if isinstance(xargs, dict) else {}
-        if path.endswith(_WITHOUT_XARGS) and not {*named, *request}.isdisjoint(_OUR_KEYS):
+        if path.endswith(_WITHOUT_XARGS) and not {*named, *request}.isdisjoint(OUR_KEYS):
             raise UserError(f"{path} reads no {_XARGS}: it answers with the server's alpha")
         _check_places(request, fields, place, named)
         refuse_misspelled(named, place)
@@ -187,11 +184,11 @@ class AdmissionMiddleware:
         proxy.beta_of(named)
         explains = asked_top(named) is not None
         chat = chat and isinstance(request.get("messages"), list)
-        own = [key for key in (NEGATIVE_KEY, *PROMPT_KEYS.values(), RESOLVED_KEY) if key in named]
+        own = [key for key in (*OWN_PROMPT_KEYS, RESOLVED_KEY) if key in named]
         prompts = chat or guided or bool(own)
         if xargs is not None and not isinstance(xargs, dict):
             return None  # vLLM answers what is no object itself
-        ours = prompts or not named.keys().isdisjoint(_OUR_KEYS)
+        ours = prompts or not named.keys().isdisjoint(OUR_KEYS)
         if request.get("use_beam_search") and ours:
             if proxy.guided:
                 raise UserError(
@@ -318,7 +315,7 @@ def _check_places(request: dict, fields: dict, place: str, named: dict) -> None:
     """Refuse our keys where nothing would read them."""
     homes = [home for home in (request, fields) if isinstance(home, dict)]
     nested = [value for home in homes for name, value in home.items() if name != place]
-    for key in _OUR_KEYS:
+    for key in OUR_KEYS:
         if key in named:
             continue
         if any(isinstance(home, dict) and key in home for home in (*homes, *nested)):
@@ -329,8 +326,7 @@ def _check_base_prompt(request: dict, named: dict) -> None:
     """Refuse what would treat the base's prompt otherwise than the others, which are ``named``."""
     prompt = request.get("prompt")
     if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
-        keys = (NEGATIVE_KEY, *PROMPT_KEYS.values())
-        key = next((key for key in keys if key in named), PROMPT_KEYS["expert"])
+        key = next((key for key in OWN_PROMPT_KEYS if key in named), PROMPT_KEYS["expert"])
         raise UserError(
             f"{key} belongs to one prompt, and this request has {len(prompt)}:"
             " send a request for each"
@@ -340,8 +336,9 @@ def _check_base_prompt(request: dict, named: dict) -> None:
 
 async def _refuse(send: Any, message: str) -> None:
     """Answer in the form of OpenAI's API errors, as vLLM does."""
-    found = [key for key in (*_OUR_KEYS, *_FIELDS) if key in message]
-    param = min(found, key=message.index, default=_XARGS)  # a refusal begins with its culprit
+    found = [key for key in (*OUR_KEYS, *_FIELDS) if key in message]
+    # A refusal begins with its culprit; of two keys there, one is the beginning of the other.
+    param = min(found, key=lambda key: (message.index(key), -len(key)), default=_XARGS)
     error = {"message": message, "type": "BadRequestError", "param": param, "code": 400}
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
