@@ -46,8 +46,9 @@ from bench_common import (
 from bench_step import CHECK_TOKENS, LLAMA, SHAPES, measure, write_config, write_models
 
 from proxy_vllm.demo import model_path
+from proxy_vllm.plan.gpus import Gpu, find_gpu
 from proxy_vllm.plan.model_size import DTYPE_BYTES, ModelShape, model_shape
-from proxy_vllm.plan.roofline import Gpu, find_gpu, step_floor
+from proxy_vllm.plan.roofline import step_floor
 
 CHECK_ROWS = 4
 KV_BYTES = 512 << 20  # on a CPU
@@ -195,7 +196,7 @@ def parse() -> argparse.Namespace:
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--check-shape", choices=list(SHAPES), default="135m")
     add("--check-dtype", choices=["bfloat16", "float16", "float32"])
-    add("--gpu", help="name in proxy_vllm.plan.roofline.GPUS, where the device's own is not known")
+    add("--gpu", help="name in proxy_vllm.plan.gpus.GPUS, where the device's own is not known")
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="for every engine")
     add("--smoke", action="store_true", help="tiny shapes, for a CPU")
     add("--json", help="write the result here")

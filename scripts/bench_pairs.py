@@ -183,9 +183,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     from bench_common import ROOT, provenance, script_argv
-    from bench_step import SHAPES, write_config, write_models
-
-    from proxy_vllm.config import ROLES
+    from bench_step import SHAPES, write_models, write_trio
 
     args = parse()
     os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
@@ -208,12 +206,7 @@ def main() -> None:
         answers = {tree: run_in(path, task)["answers"] for tree, path in trees.items()}
         if answers["old"] != answers["new"]:
             sys.exit(f"bench_pairs.py: error: the trees choose other tokens: {answers}")
-        models = []
-        # A folder each: what is one model twice, this tree may load and run once.
-        for role, shape in zip(ROLES, (*args.shapes, args.shapes[1]), strict=True):
-            (root / role).mkdir()
-            models.append(write_config(root / role, shape))
-        task = {**common, "models": models, "repeats": args.repeats}
+        task = {**common, "models": write_trio(root, args.shapes), "repeats": args.repeats}
         task |= {"vocab": SHAPES[args.shapes[0]]["vocab_size"]}
         task |= {"engine": {**engine, "load_format": "dummy"}}
         pairs: list[dict[str, dict]] = []

@@ -124,3 +124,13 @@ def make_trio(root: Path, **base_args) -> dict[str, str]:
         "expert": make_model(root / "expert", seed=2, heads=2, kv_heads=1, layers=1),
         "antiexpert": make_model(root / "antiexpert", seed=3, heads=2, kv_heads=1, layers=1),
     }
+
+
+def make_methods_models(root: Path) -> dict[str, str]:
+    """A base, an amateur of it with padding of its own, and an aligned model of its size."""
+    small = {"heads": 1, "hidden": 32, "layers": 1}
+    return {
+        "base": make_model(root / "base", seed=1, tokenizer_size=105),
+        "amateur": make_model(root / "amateur", seed=2, vocab=128, tokenizer_size=105, **small),
+        "aligned": make_model(root / "aligned", seed=3, tokenizer_size=105),
+    }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from engines import prompt_ids, running
 from reference_loop import Trio, answer_logits, greedy
-from tiny_models import make_model
+from tiny_models import make_methods_models, make_model
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -40,13 +40,7 @@ def loop(trio: Trio, prompt: list[int], steps: int, alpha: float, beta: float):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("methods")
-    small = {"heads": 1, "hidden": 32, "layers": 1}
-    return {
-        "base": make_model(root / "base", seed=1, tokenizer_size=105),
-        "amateur": make_model(root / "amateur", seed=2, vocab=128, tokenizer_size=105, **small),
-        "aligned": make_model(root / "aligned", seed=3, tokenizer_size=105),
-    }
+    return make_methods_models(tmp_path_factory.mktemp("methods"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from engines import V2, prompt_ids
 from reference_loop import Trio
 from test_methods import loop
 from test_server import Server
-from tiny_models import make_model
+from tiny_models import make_methods_models
 
 pytestmark = pytest.mark.skipif(V2, reason="the HTTP layer does not depend on the runner")
 
@@ -23,13 +23,7 @@ ASKED = [(None, None), (0.5, None), (0.5, 0.3), (2.0, 0.0), (0.0, 0.3), (-1.0, 1
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("methods")
-    small = {"heads": 1, "hidden": 32, "layers": 1}
-    return {
-        "base": make_model(root / "base", seed=1, tokenizer_size=105),
-        "amateur": make_model(root / "amateur", seed=2, vocab=128, tokenizer_size=105, **small),
-        "aligned": make_model(root / "aligned", seed=3, tokenizer_size=105),
-    }
+    return make_methods_models(tmp_path_factory.mktemp("methods"))
 
 
 @pytest.fixture(scope="module", params=["contrastive", "dera"])

@@ -6,7 +6,7 @@ import pytest
 from bench_one_pass import SHAPES, floors, gains
 from bench_step import LLAMA
 
-from proxy_vllm.plan.roofline import find_gpu
+from proxy_vllm.plan.gpus import find_gpu
 
 ARGS = SimpleNamespace(batch=[4], context=100, tokens=16, gpu="h200", dtype="bfloat16")
 
