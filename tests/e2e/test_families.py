@@ -56,6 +56,8 @@ MORE = [
 # vLLM's own answers differ from Transformers' here.
 AGAINST_VLLM = [("lfm2", "lfm2")]
 MORE_AGAINST_VLLM = [("cohere2", "cohere2"), ("mamba2", "mamba2")]
+# For plain vLLM: without its rotary kernel, which is wrong for some of these on a CPU.
+NATIVE = {"custom_ops": ["none"]}
 
 
 def expected(
@@ -129,8 +131,7 @@ def combined(trio: dict[str, str], answers: list[list[int]], **args) -> list[tor
     whole = [{"prompt_token_ids": p + a} for p, a in zip(PROMPTS, answers)]
     views = []
     for folder in trio.values():
-        # Without vLLM's rotary kernel, which is wrong for some of these on a CPU.
-        plain = {"compilation_config": {"custom_ops": ["none"]}, **args}
+        plain = {"compilation_config": NATIVE, **args}
         with running(LLM, model=folder, max_logprobs=-1, **plain) as llm:
             outputs = llm.generate(whole, params, use_tqdm=False)
         view = []
@@ -278,6 +279,40 @@ def test_own_prompts_with_few_blocks(tmp_path, base, small, args):
     settings = {"max_model_len": 128, "max_num_batched_tokens": 32, "disable_log_stats": False}
     with running(**trio, own_prompts=True, **settings, **args) as llm:
         check_few_blocks(llm, prompts, want)
+
+
+# Truth for those of which Transformers is none, where the formula leaves one model: what plain vLLM
+# answers to that model's prompt.
+@pytest.mark.slow
+@pytest.mark.skipif(RUNNER != "v2", reason="own prompts need Model Runner V2")
+@pytest.mark.parametrize(
+    "family, dtype, args",
+    [("lfm2", "float32", {"compilation_config": NATIVE}), ("qwen3_next", "bfloat16", {})],
+    ids=["lfm2", "qwen3_next"],
+)
+def test_one_model_is_left_of_own_prompts(tmp_path, family, dtype, args):
+    from vllm import LLM
+
+    trio = make_family_trio(tmp_path, family, family)
+    base, expert, antiexpert = trio.values()
+    first, second, third = (prompt_ids(n, seed=7) for n in ([30, 20, 3], [70, 20, 41], [1, 50, 3]))
+
+    def plain(folder: str, prompts: list[list[int]]) -> list[list[int]]:
+        with running(LLM, model=folder, dtype=dtype, **args) as llm:
+            return generate(llm, prompts, [None] * len(prompts))
+
+    def left(alpha: float, *prompts: list[list[int]], **members: str) -> list[list[int]]:
+        roles = ("base", "expert", "antiexpert")
+        asked = [dict(zip(roles, three)) for three in zip(*prompts)]
+        with running(model=base, dtype=dtype, own_prompts=True, **members) as llm:
+            return generate(llm, asked, [alpha] * len(asked))
+
+    steered = left(0.0, first, second, third, expert=expert, antiexpert=antiexpert)
+    assert steered == plain(base, first)
+    steered = left(1.0, first, second, first, expert=expert, antiexpert=base)
+    assert steered == plain(expert, second)
+    steered = left(-1.0, first, first, third, expert=base, antiexpert=antiexpert)
+    assert steered == plain(antiexpert, third)
 
 
 @pytest.mark.slow
