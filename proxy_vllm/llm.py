@@ -17,8 +17,9 @@ from proxy_vllm.explain.request import DEFAULT_TOP, check_engine, check_paramete
 from proxy_vllm.methods import method_fields
 from proxy_vllm.own_prompts.chat_templates import resolve_template
 from proxy_vllm.own_prompts.member_prompts import INPUT_KEY, MemberPrompts, check_messages
-from proxy_vllm.own_prompts.prompts import check_tokenization, refuse_misspelled
+from proxy_vllm.own_prompts.prompts import check_tokenization
 from proxy_vllm.remote_base.settings import RemoteBase
+from proxy_vllm.request_keys import refuse_misspelled
 from proxy_vllm.spec_decode.admission import admit_every_parameter
 from proxy_vllm.surface.member import token_ids
 

@@ -5,16 +5,11 @@ model whose prompt has ``n`` tokens is ``pad = L - n`` behind: engine position `
 ``p - pad``, and it stores its token ``s`` in slot ``s`` of the request's block list.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from proxy_vllm.config import ALPHA_KEY, GUIDANCE_KEY, ROLES, ProxyConfig
+from proxy_vllm.config import ROLES, ProxyConfig
 from proxy_vllm.errors import UserError
-from proxy_vllm.explain.request import EXPLAIN_KEYS
-from proxy_vllm.member_alone import MEMBER_KEY
-from proxy_vllm.plausibility import BETA_KEY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,8 +20,6 @@ PROMPT_KEYS = {"expert": "proxy_expert_prompt", "antiexpert": "proxy_antiexpert_
 NEGATIVE_KEY = "proxy_negative_prompt"
 # By any of these a request has a prompt of a small member's own.
 OWN_PROMPT_KEYS = (NEGATIVE_KEY, *PROMPT_KEYS.values())
-# All that a request may say to us.
-OUR_KEYS = (ALPHA_KEY, BETA_KEY, GUIDANCE_KEY, MEMBER_KEY, *EXPLAIN_KEYS, *OWN_PROMPT_KEYS)
 # What the scheduler tells the workers: the length of the base's prompt, the other two prompts.
 RESOLVED_KEY = "proxy_own_prompts"
 
@@ -105,36 +98,6 @@ def check_ids(name: str, value: Any) -> list[int]:
 
 def names_own_prompts(extra_args: Any) -> bool:
     return isinstance(extra_args, dict) and any(key in extra_args for key in OWN_PROMPT_KEYS)
-
-
-def refuse_misspelled(names: Iterable[str], place: str = "extra_args") -> None:
-    """Refuse names of extra arguments that are almost ours: a server would pass over them.
-
-    Args:
-        names: keys of ``extra_args``; those of others' are let through.
-        place: where they stand, for the message.
-
-    Raises:
-        UserError: with the right name.
-    """
-    letters = {_letters(key): key for key in OUR_KEYS}
-    known = {*letters.values(), RESOLVED_KEY}
-    for name in names:
-        if name in known:
-            continue
-        own = _letters(name)
-        for found in (
-            own,
-            f"proxy{own}",
-            own.removeprefix("proxy"),
-            *get_close_matches(own, letters, 1, 0.85),
-        ):
-            if found in letters:
-                raise UserError(f"{name} in {place} is not known: the name is {letters[found]}")
-
-
-def _letters(name: str) -> str:
-    return "".join(filter(str.isalnum, name)).lower()
 
 
 def check_parameters(params: Any, guided: bool = False) -> None:

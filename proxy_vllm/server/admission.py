@@ -19,15 +19,14 @@ from proxy_vllm.errors import UserError
 from proxy_vllm.explain.request import EXPLAIN_KEY, asked_top, check_engine
 from proxy_vllm.member_alone import MEMBER_KEY
 from proxy_vllm.own_prompts.prompts import (
-    OUR_KEYS,
     OWN_PROMPT_KEYS,
     PROMPT_KEYS,
     RESOLVED_KEY,
     check_tokenization,
     names_own_prompts,
-    refuse_misspelled,
 )
 from proxy_vllm.plausibility import BETA_KEY
+from proxy_vllm.request_keys import OUR_KEYS, refuse_misspelled
 from proxy_vllm.server.metrics import SCOPE_KEY
 from proxy_vllm.spec_decode.admission import admit_every_parameter
 
@@ -336,9 +335,11 @@ def _check_base_prompt(request: dict, named: dict) -> None:
 
 async def _refuse(send: Any, message: str) -> None:
     """Answer in the form of OpenAI's API errors, as vLLM does."""
-    found = [key for key in (*OUR_KEYS, *_FIELDS) if key in message]
+    # After the name of an unknown key come the right ones, which the request did not have.
+    about = message.partition(" is not known: ")[0]
+    found = [key for key in (*OUR_KEYS, *_FIELDS) if key in about]
     # A refusal begins with its culprit; of two keys there, one is the beginning of the other.
-    param = min(found, key=lambda key: (message.index(key), -len(key)), default=_XARGS)
+    param = min(found, key=lambda key: (about.index(key), -len(key)), default=_XARGS)
     error = {"message": message, "type": "BadRequestError", "param": param, "code": 400}
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]

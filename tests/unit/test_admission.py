@@ -150,6 +150,13 @@ def test_a_misspelled_key_is_refused_by_its_right_name(plain, name):
     assert "the name is proxy_alpha" in plain.refused(TOKENS, tokens)["message"]
     error = plain.refused(CHAT, {"messages": MESSAGES, **xargs(expert_prompt=[1])})
     assert "the name is proxy_expert_prompt" in error["message"]
+    for name, right in (
+        ("cfg_scale", "the name is guidance_scale"),
+        ("proxy_strength", "there are proxy_alpha, "),
+    ):
+        error = plain.refused(COMPLETIONS, {"prompt": "w5", **xargs(**{name: 2})})
+        assert error["message"].startswith(f"{name} in vllm_xargs is not known: {right}")
+        assert error["param"] == "vllm_xargs"
     # Another's key is not ours to refuse.
     plain.passed(COMPLETIONS, {"prompt": "w5", **xargs(alphabet="abc", kv_transfer=1)})
 
