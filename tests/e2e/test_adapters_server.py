@@ -5,11 +5,13 @@ import os
 import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 import torch
 from adapter_files import make_adapter
+from explained import log_probabilities
 from reference_loop import Trio, greedy
 from test_server import KEY, PROMPT, Server
 from tiny_adapters import make_adapted
@@ -72,6 +74,39 @@ def test_model_names_the_adapter(server, small):
     assert tokens(server, "steered", 3.0) == want(small, None, 8, 3.0)
     with pytest.raises(openai.NotFoundError, match="`rude` does not exist"):
         complete(server, "rude", 1.0)
+
+
+def test_explanations_show_the_adapter_as_the_expert(server, small):
+    """Two adapters' and a request without one, in one batch."""
+    assert manage(server, "load", lora_name="code", lora_path=small["adapters"]["code"])[0] == 200
+    asked = [("safety", 1.0), ("code", -0.5), ("steered", 1.0)]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        choices = list(pool.map(lambda one: explained(server, *one), asked))
+    for (model, alpha), (answer, entries) in zip(asked, choices):
+        adapter = None if model == "steered" else model
+        assert answer == want(small, adapter, 8, alpha)
+        expert = small["merged"][adapter] if adapter else small["plain"]
+        trio = Trio.load(small["base"], expert, small["plain"], torch.float32)
+        truth = log_probabilities(trio, PROMPT, answer, alpha if adapter else 0.0)
+        for at, entry in enumerate(entries):
+            for shown in (entry, *entry["top"]):
+                for view, rows in truth.items():
+                    assert abs(shown[view] - rows[at][shown["token_id"]]) < 1e-4
+    assert manage(server, "unload", lora_name="code")[0] == 200
+
+
+def explained(server, model: str, alpha: float) -> tuple[list[int], list[dict]]:
+    answer, entries = [], []
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    xargs = {"proxy_alpha": alpha, "proxy_explain": True}
+    for chunk in server.client.completions.create(
+        model=model, prompt=PROMPT, temperature=0, max_tokens=8, stream=True,
+        extra_body={**extra, "vllm_xargs": xargs},
+    ):  # fmt: skip
+        answer += chunk.choices[0].token_ids or []
+        entries += getattr(chunk.choices[0], "proxy_explain", [])
+    assert [entry["token_id"] for entry in entries] == answer
+    return answer, entries
 
 
 def test_adapters_come_and_go_while_requests_run(server, small):
