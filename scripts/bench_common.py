@@ -1,5 +1,7 @@
 """What benchmarks share: engines, provenance, memory, percentiles, the gate of correctness."""
 
+import argparse
+import json
 import os
 import platform
 import shlex
@@ -93,6 +95,24 @@ def provenance(argv: Sequence[str]) -> dict:
             "python": platform.python_version(),
         },
     }
+
+
+def result_file(text: str) -> Path:
+    """What ``--json`` names, its folder made now rather than after an hour of measuring."""
+    file = Path(text)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: name a file")
+    return file
+
+
+def write_result(file: Path | None, result: dict) -> None:
+    """Write a benchmark's result, if a file was named."""
+    if file is not None:
+        file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def percentiles(values: Sequence[float], which: Sequence[int] = (20, 50, 80, 99)) -> dict | None:

@@ -19,7 +19,16 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from bench_common import ChildProcess, engine, greedy, provenance, random_prompts, script_argv
+from bench_common import (
+    ChildProcess,
+    engine,
+    greedy,
+    provenance,
+    random_prompts,
+    result_file,
+    script_argv,
+    write_result,
+)
 
 SHAPES = {
     "base": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -180,7 +189,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--json", help="write the result here")
+    parser.add_argument("--json", type=result_file, help="write the result here")
     args = parser.parse_args()
     folders = make_models(Path(args.models))
     weights = sum((Path(f) / "model.safetensors").stat().st_size for f in folders.values())
@@ -206,9 +215,7 @@ def main() -> None:
         "rounds": rounds,
     }
     print(json.dumps({k: v for k, v in result.items() if k != "rounds"}, indent=2))
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.json, result)
 
 
 if __name__ == "__main__":

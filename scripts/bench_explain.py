@@ -18,7 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_common import ROOT, ChildProcess, engine, provenance, random_prompts, script_argv
+from bench_common import (
+    ROOT,
+    ChildProcess,
+    engine,
+    provenance,
+    random_prompts,
+    result_file,
+    script_argv,
+    write_result,
+)
 from bench_cpu import KV_BYTES, PROMPT_TOKENS, TRIO, make_models
 
 ASKING = {"none": 0, "some": 8, "all": 1}  # one row of so many
@@ -97,7 +106,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--json", help="write the result here")
+    parser.add_argument("--json", type=result_file, help="write the result here")
     args = parser.parse_args()
     if bool(args.base) != bool(args.expert and args.antiexpert):
         parser.error("BASE, --expert and --antiexpert: all three, or none")
@@ -138,9 +147,7 @@ def main() -> None:
         "rounds": rounds,
     }
     print(json.dumps({k: v for k, v in result.items() if k != "rounds"}, indent=2))
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.json, result)
 
 
 # Children import this file too.

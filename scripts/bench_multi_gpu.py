@@ -18,9 +18,8 @@ import argparse
 import json
 import signal
 import sys
-from pathlib import Path
 
-from bench_common import ROOT, TOLERANCE, provenance, script_argv
+from bench_common import ROOT, TOLERANCE, provenance, result_file, script_argv
 
 SYSTEMS = ("proxy", "base", "expert", "tuned", "loop", "remote-logprobs")
 SMOKE = {
@@ -60,7 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=list(TOLERANCE), default="bfloat16")
     add("--gpu", help="name in proxy_vllm.plan.gpus.GPUS, where the device's own is not known")
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="for every engine")
-    add("--json", help="write the result here, with .md and .png beside")
+    add("--json", type=result_file, help="write the result here, with .md and .png beside")
     args = parser.parse_args(argv)
     args.environment = {}
     if args.smoke:
@@ -114,7 +113,6 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    from multi_gpu.cells import save_path
     from multi_gpu.processes import Failed
     from multi_gpu.report import markdown, plot
 
@@ -124,16 +122,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = parse()
     try:
-        path = save_path(args.json) if args.json else None
         result = measure(args)
     except (Failed, UserError, OSError) as error:
         sys.exit(f"bench_multi_gpu.py: error: {error}")
     table = markdown(result)
     print(table)
-    if path:
+    if path := args.json:
         # The models in the box have the same names in every checkout.
         path.write_text(json.dumps(result, indent=2).replace(f"{ROOT}/", "") + "\n")
-        Path(path.with_suffix(".md")).write_text(table)
+        path.with_suffix(".md").write_text(table)
         plot(result, path.with_suffix(".png"))
     if failed := [row for row in result["rows"] if row["error"]]:
         sys.exit(f"bench_multi_gpu.py: error: {len(failed)} of {len(result['rows'])} rows failed")

@@ -41,7 +41,9 @@ from bench_common import (
     percentiles,
     provenance,
     random_prompts,
+    result_file,
     script_argv,
+    write_result,
 )
 from bench_step import CHECK_TOKENS, LLAMA, SHAPES, measure, write_config, write_models
 
@@ -199,7 +201,7 @@ def parse() -> argparse.Namespace:
     add("--gpu", help="name in proxy_vllm.plan.gpus.GPUS, where the device's own is not known")
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="for every engine")
     add("--smoke", action="store_true", help="tiny shapes, for a CPU")
-    add("--json", help="write the result here")
+    add("--json", type=result_file, help="write the result here")
     args = parser.parse_args()
     cpu = device_name().startswith("CPU")
     args.environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -220,8 +222,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     os.environ.update(args.environment)
     begun = time.monotonic()
 
@@ -258,8 +258,7 @@ def main() -> None:
                 f"{row['small']}, batch {row['batch']}: one pass saves {least:.3f} to {most:.3f} ms"
                 f" of two passes of {row['step_ms']['p50']:.3f} ms"
             )
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.json, result)
 
 
 if __name__ == "__main__":

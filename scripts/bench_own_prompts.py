@@ -38,7 +38,9 @@ from bench_common import (
     percentiles,
     provenance,
     random_prompts,
+    result_file,
     script_argv,
+    write_result,
 )
 from bench_step import SHAPES, cuda_graphs, start_engine, write_models, write_trio
 
@@ -223,7 +225,7 @@ def parse() -> argparse.Namespace:
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="for every engine")
     add("--cpu", action="store_true", help="shapes for a CPU, a few minutes")
     add("--smoke", action="store_true", help="tiny shapes, for a CPU")
-    add("--json", help="write the result here")
+    add("--json", type=result_file, help="write the result here")
     args = parser.parse_args()
     args.environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if args.cpu or args.smoke:
@@ -253,8 +255,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     os.environ.update(args.environment)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
@@ -282,8 +282,7 @@ def main() -> None:
         **summary(turns),
     }
     print(json.dumps(result, indent=2))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.json, result)
 
 
 if __name__ == "__main__":

@@ -149,6 +149,7 @@ def unpack(commit: str, folder: Path) -> Path:
 
 
 def parse() -> argparse.Namespace:
+    from bench_common import result_file
     from bench_step import SHAPES
 
     parser = argparse.ArgumentParser(
@@ -166,7 +167,7 @@ def parse() -> argparse.Namespace:
     add("--check-shape", choices=list(SHAPES), default="135m")
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="for every engine")
     add("--smoke", action="store_true", help="tiny shapes and one pair, for a CPU")
-    add("--json", help="write the result here")
+    add("--json", type=result_file, help="write the result here")
     args = parser.parse_args()
     if args.smoke:
         args.shapes, args.check_shape, args.dtype = ["tiny", "tiny"], "tiny", "float32"
@@ -182,7 +183,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    from bench_common import ROOT, provenance, script_argv
+    from bench_common import ROOT, provenance, script_argv, write_result
     from bench_step import SHAPES, write_models, write_trio
 
     args = parse()
@@ -224,9 +225,7 @@ def main() -> None:
         "pairs": pairs,
     }
     print(json.dumps({"compared": result["compared"]}, indent=2))
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.json, result)
 
 
 if __name__ == "__main__":

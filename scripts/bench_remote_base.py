@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--latencies", type=int, nargs="+", default=[0, 50, 200], metavar="MS")
     parser.add_argument("--k", type=int, default=20, help="log-probabilities asked for")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=bench_common.result_file, help="write the result here")
     args = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -246,8 +246,7 @@ def main() -> None:
         # Random models disagree about nearly every token, which is then asked about many times.
         args.tokens = min(args.tokens, 8)
         results["trios"][f"{LARGE_VOCABULARY} tokens"] = bench_trio(*large, args, figures=False)
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    bench_common.write_result(args.json, results)
 
 
 if __name__ == "__main__":

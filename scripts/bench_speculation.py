@@ -43,7 +43,9 @@ from bench_common import (
     greedy,
     provenance,
     random_prompts,
+    result_file,
     script_argv,
+    write_result,
 )
 from bench_step import SHAPES
 
@@ -233,7 +235,7 @@ def parse() -> argparse.Namespace:
     add("--tokens", type=int, default=128, help="tokens of a long run; a short one has a quarter")
     add("--repeats", type=int, default=3, help="turns of all systems")
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="for every engine")
-    add("--json", help="write the result here")
+    add("--json", type=result_file, help="write the result here")
     args = parser.parse_args()
     if args.tokens < 8 or min(*args.batches, args.repeats, args.drafts) < 1:
         parser.error("--tokens from 8, --batches, --repeats and --drafts from 1")
@@ -268,9 +270,7 @@ def main() -> None:
         "rows": rows,
     }
     print(json.dumps(result, indent=2))
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.json, result)
 
 
 if __name__ == "__main__":

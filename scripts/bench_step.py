@@ -33,7 +33,9 @@ from bench_common import (
     percentiles,
     provenance,
     random_prompts,
+    result_file,
     script_argv,
+    write_result,
 )
 
 LLAMA = {
@@ -295,7 +297,7 @@ def parse() -> argparse.Namespace:
     add("--gpu", help="name in proxy_vllm.plan.gpus.GPUS, where the device's own is not known")
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="for every engine")
     add("--smoke", action="store_true", help="tiny shapes, for a CPU")
-    add("--json", help="write the result here")
+    add("--json", type=result_file, help="write the result here")
     args = parser.parse_args()
     args.environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if args.smoke:
@@ -313,8 +315,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     os.environ.update(args.environment)
     begun = time.monotonic()
 
@@ -354,8 +354,7 @@ def main() -> None:
     print(json.dumps(result, indent=2))
     for option, decision in result["decisions"].items():
         print(f"decision: {option} {decision}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.json, result)
 
 
 if __name__ == "__main__":

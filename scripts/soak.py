@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from bench_common import provenance, script_argv
+from bench_common import provenance, result_file, script_argv, write_result
 from soaking.asking import Ask, Client, Tally, make_asks
 from soaking.servers import Replicas, Server
 from soaking.watching import Watcher, grown
@@ -198,7 +198,7 @@ def parse() -> argparse.Namespace:
     add("--sample-seconds", type=float, default=10)
     add("--growth-mib", type=float, default=24, help="that a process may grow in the second half")
     add("--engine-args", default="--enforce-eager", help="options of the server, in one string")
-    add("--json", type=Path, help="write the result here")
+    add("--json", type=result_file, help="write the result here")
     return parser.parse_args()
 
 
@@ -218,10 +218,8 @@ def main() -> None:
     result["errors_in_log"] = Counter(re.findall(r" ERROR \S+ \S+ \[(\S+:\d+)\] Traceback", log))
     found = faults(result, tally, args)
     result["faults"] = [text[:400] for text in found[:30]]
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    print(json.dumps(result, indent=2))
+    write_result(args.json, result)
     if found:
         sys.exit(f"soak.py: error: {len(found)} faults, the first: {found[0][:400]}")
 

@@ -2,13 +2,13 @@
 
 import argparse
 import math
-import os
 import sys
 import time
 from pathlib import Path
 
 from vllm.entrypoints.cli.types import CLISubcommand
 
+from proxy_vllm.cli.json_file import check_json_file, write_json_file
 from proxy_vllm.errors import UserError
 
 
@@ -24,13 +24,13 @@ class DemoSubcommand(CLISubcommand):
 
         import proxy_vllm
         from proxy_vllm.demo.problems import make_problems
-        from proxy_vllm.demo.report import show, write_json
+        from proxy_vllm.demo.report import show
         from proxy_vllm.demo.run import run_demo
 
         if not math.isfinite(args.alpha):
             raise UserError(f"--alpha is {args.alpha}: give a finite number")
         if args.json is not None:
-            _check_target(args.json.absolute())
+            check_json_file(args.json)
         problems = make_problems("test", args.n, args.seed)
         start = time.monotonic()
 
@@ -46,7 +46,7 @@ class DemoSubcommand(CLISubcommand):
                 "seconds": round(time.monotonic() - start, 1),
                 "versions": {m.__name__: m.__version__ for m in (proxy_vllm, vllm, torch)},
             }
-            write_json(args.json, numbers)
+            write_json_file(args.json, numbers)
 
     def subparser_init(self, subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
         parser = subparsers.add_parser(
@@ -62,16 +62,6 @@ class DemoSubcommand(CLISubcommand):
         parser.add_argument("--alpha", type=float, default=1.0, help="default 1.0")
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
         return parser
-
-
-def _check_target(file: Path) -> None:
-    """Refuse, before minutes of work, a file that cannot be written."""
-    if not file.parent.is_dir():
-        raise UserError(f"--json {file}: no such folder {file.parent}")
-    if file.is_dir():
-        raise UserError(f"--json {file} is a folder: name a file")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise UserError(f"--json {file}: cannot be written to")
 
 
 def cmd_init() -> list[CLISubcommand]:

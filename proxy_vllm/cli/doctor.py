@@ -12,6 +12,8 @@ from typing import Any
 
 from vllm.entrypoints.cli.types import CLISubcommand
 
+from proxy_vllm.cli.json_file import check_json_file, write_json_file
+
 PASSED, FAILED, UNCHECKED = "passed", "failed", "not checked"
 _PACKAGES = ("proxy_vllm", "vllm", "torch", "triton", "transformers")
 _ALPHAS = (1.0, 0.5, 0.0, -1.0)
@@ -246,8 +248,8 @@ class DoctorSubcommand(CLISubcommand):
 
     @staticmethod
     def cmd(args: argparse.Namespace) -> None:
-        from proxy_vllm.demo.report import write_json
-
+        if args.json is not None:
+            check_json_file(args.json)
         findings = run_checks(lambda name: print(f"{name} ...", file=sys.stderr, flush=True))
         width = max(len(f.check) for f in findings)
         for f in findings:
@@ -261,7 +263,7 @@ class DoctorSubcommand(CLISubcommand):
             verdict += f"; not checked here: {', '.join(unchecked)}"
         print(verdict)
         if args.json is not None:
-            write_json(args.json, {"findings": [asdict(f) for f in findings]})
+            write_json_file(args.json, {"findings": [asdict(f) for f in findings]})
         if failed:
             sys.exit(1)
 

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proxy_vllm.cli.json_file import write_json_file
 from proxy_vllm.errors import UserError
 from proxy_vllm.methods import METHODS, method_fields
 
@@ -91,7 +92,7 @@ class PlanSubcommand:
             print(json.dumps(result.to_dict(), indent=2))
             return
         if args.json:
-            _write_json(args.json, result.to_dict())
+            write_json_file(Path(args.json), result.to_dict())
         print_plan(result)
 
     def validate(self, args: argparse.Namespace) -> None:
@@ -186,14 +187,6 @@ def _same(name: str, base: str) -> bool:
     """Whether two names are one model's, so that an engine loads and runs it once."""
     names = [os.path.realpath(n) if os.path.exists(n) else n for n in (name, base)]
     return names[0] == names[1]
-
-
-def _write_json(path: str, result: dict[str, Any]) -> None:
-
-    try:
-        Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot write ({error.strerror})") from None
 
 
 def _check_base(args: argparse.Namespace, elsewhere: bool) -> None:

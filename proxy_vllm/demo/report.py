@@ -1,15 +1,12 @@
 """From marked answers to numbers: accuracies, gap closed with its interval, table, JSON."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from proxy_vllm.demo.problems import Problem, is_right, wanted
-from proxy_vllm.errors import UserError
 from proxy_vllm.eval.gap import gap_closed, gap_closed_interval
 
 # Column order of the table, and the keys of the JSON file.
@@ -83,14 +80,6 @@ class Report:
             "n": len(self.problems),
             "alpha": self.alpha,
         }
-
-
-def write_json(path: Path, numbers: dict) -> None:
-    """Write the numbers. Raises `UserError` where the file cannot be written."""
-    try:
-        path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def show(report: Report) -> None:

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from bench_common import PeakMemory, gpu_key, percentiles, random_prompts
@@ -247,10 +246,3 @@ def _short(row: dict) -> str:
     floor = row["floor"]
     floor = f", floor {floor['step_ms']} ms ({floor['ratio']} x base's speed)" if floor else ""
     return f"{what}: {row['output_tokens_per_s']} tokens/s, TPOT p50 {tpot} ms{floor}"
-
-
-def save_path(path: str) -> Path:
-    """The file, its folder made now rather than after an hour of measuring."""
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return file

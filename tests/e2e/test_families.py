@@ -53,9 +53,14 @@ MORE = [
     pytest.param("gemma3_wrapper", "gemma3", marks=WITH_IMAGES),
     pytest.param("mistral3_wrapper", "llama", marks=WITH_IMAGES),
 ]
+SLOW = pytest.mark.slow
+ON_V1_ALONE = pytest.mark.skipif(RUNNER == "v2", reason="V2 has its own below, or has no compiler")
 # vLLM's own answers differ from Transformers' here.
-AGAINST_VLLM = [("lfm2", "lfm2")]
-MORE_AGAINST_VLLM = [("cohere2", "cohere2"), ("mamba2", "mamba2")]
+AGAINST_VLLM = [
+    pytest.param("lfm2", {}, marks=SLOW if RUNNER == "v2" else ()),
+    pytest.param("cohere2", {"enable_prefix_caching": False}, marks=SLOW),
+    pytest.param("mamba2", {"enable_prefix_caching": False}, marks=SLOW),
+]
 # For plain vLLM: without its rotary kernel, which is wrong for some of these on a CPU.
 NATIVE = {"custom_ops": ["none"]}
 
@@ -117,8 +122,9 @@ def test_family(tmp_path, base, small):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(RUNNER == "v2", reason="minutes each in the interpreter")
-@pytest.mark.parametrize("base, small", MORE)
+@pytest.mark.parametrize(
+    "base, small", MORE + [f for f in CORE if RUNNER == "v2" and f not in ON_V2]
+)
 def test_more_families(tmp_path, base, small):
     check(tmp_path, base, small)
 
@@ -156,17 +162,9 @@ def check_against_vllm(tmp_path, base: str, small: str, **args) -> None:
         assert float((rows.max(1).values - chosen).max()) < 1e-3
 
 
-@pytest.mark.skipif(RUNNER == "v2", reason="on V1 alone")
-@pytest.mark.parametrize("base, small", AGAINST_VLLM)
-def test_family_against_three_engines(tmp_path, base, small):
-    check_against_vllm(tmp_path, base, small)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(RUNNER == "v2", reason="on V1 alone")
-@pytest.mark.parametrize("base, small", MORE_AGAINST_VLLM)
-def test_more_families_against_three_engines(tmp_path, base, small):
-    check_against_vllm(tmp_path, base, small, enable_prefix_caching=False)
+@pytest.mark.parametrize("family, args", AGAINST_VLLM)
+def test_family_against_three_engines(tmp_path, family, args):
+    check_against_vllm(tmp_path, family, family, **args)
 
 
 # On a CPU vLLM runs these in bfloat16 alone, in which its own prefill and decode differ, for Qwen3-
@@ -176,7 +174,6 @@ GATED_DELTA = ["qwen3_next", pytest.param("qwen3_5", marks=WITH_IMAGES)]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(RUNNER == "v2", reason="on V1 alone")
 @pytest.mark.parametrize("family", GATED_DELTA)
 def test_one_model_is_left_of_gated_delta_rules(tmp_path, family):
     from vllm import LLM
@@ -197,17 +194,16 @@ def test_one_model_is_left_of_gated_delta_rules(tmp_path, family):
     assert left(-1.0, expert=base, antiexpert=antiexpert) == plain(antiexpert)
 
 
-CROSSINGS = {
-    "two ranks by tensors": {"tensor_parallel_size": 2},
-    "one table": {"kv_cache_tables": "one"},
-    "several tables": {"kv_cache_tables": "several"},
-    "compiled": {"enforce_eager": False},
-}
+CROSSINGS = [
+    pytest.param({"tensor_parallel_size": 2}, id="two ranks by tensors", marks=ON_V1_ALONE),
+    pytest.param({"kv_cache_tables": "one"}, id="one table"),
+    pytest.param({"kv_cache_tables": "several"}, id="several tables"),
+    pytest.param({"enforce_eager": False}, id="compiled", marks=ON_V1_ALONE),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(RUNNER == "v2", reason="minutes each in the interpreter")
-@pytest.mark.parametrize("args", CROSSINGS.values(), ids=CROSSINGS.keys())
+@pytest.mark.parametrize("args", CROSSINGS)
 @pytest.mark.parametrize("family", ["gemma3", "granite4"])
 def test_families_under_other_settings(tmp_path, family, args, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # for two workers on one memory node
@@ -215,7 +211,7 @@ def test_families_under_other_settings(tmp_path, family, args, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(RUNNER == "v2", reason="minutes each in the interpreter")
+@ON_V1_ALONE
 def test_windows_over_two_ranks_by_layers(tmp_path, monkeypatch):
     """vLLM (0.32.0) does not load Granite 4 so."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -237,7 +233,6 @@ def check_few_blocks(llm, prompts, want: list[list[int]], alphas=ALPHAS) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(RUNNER == "v2", reason="minutes each in the interpreter")
 @pytest.mark.parametrize("family, args", FEW_BLOCKS.values(), ids=FEW_BLOCKS.keys())
 def test_preempted_requests_of_families(tmp_path, family, args):
     trio = make_family_trio(tmp_path, family, family)
