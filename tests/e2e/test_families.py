@@ -258,6 +258,11 @@ OWN = [
     pytest.param("llama", "granite4", {"num_gpu_blocks_override": 16}, marks=pytest.mark.slow),
     pytest.param("granite4", "llama", {"num_gpu_blocks_override": 30}, marks=pytest.mark.slow),
     pytest.param("gpt_oss", "gemma3", {"num_gpu_blocks_override": 12}, marks=pytest.mark.slow),
+    pytest.param("llama4", "llama4", {"num_gpu_blocks_override": 12}, marks=pytest.mark.slow),
+    pytest.param(
+        "deepseek_v3", "deepseek_v3", {"num_gpu_blocks_override": 12}, marks=pytest.mark.slow
+    ),
+    pytest.param("falcon_h1", "falcon_h1", {"num_gpu_blocks_override": 30}, marks=pytest.mark.slow),
 ]
 
 
@@ -282,8 +287,12 @@ def test_own_prompts_with_few_blocks(tmp_path, base, small, args):
 @pytest.mark.skipif(RUNNER != "v2", reason="own prompts need Model Runner V2")
 @pytest.mark.parametrize(
     "family, dtype, args",
-    [("lfm2", "float32", {"compilation_config": NATIVE}), ("qwen3_next", "bfloat16", {})],
-    ids=["lfm2", "qwen3_next"],
+    [
+        ("lfm2", "float32", {"compilation_config": NATIVE}),
+        ("mamba2", "float32", {"enable_prefix_caching": False}),
+        ("qwen3_next", "bfloat16", {}),
+    ],
+    ids=["lfm2", "mamba2", "qwen3_next"],
 )
 def test_one_model_is_left_of_own_prompts(tmp_path, family, dtype, args):
     from vllm import LLM
