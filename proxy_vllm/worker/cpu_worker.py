@@ -11,6 +11,7 @@ from vllm.distributed import get_pp_group
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
@@ -22,7 +23,7 @@ from proxy_vllm.adapters.manager import AdapterRunner
 from proxy_vllm.config import ProxyConfig
 from proxy_vllm.explain.request import without_rows, worker_top
 from proxy_vllm.explain.v1_runner import explain_step
-from proxy_vllm.spec_decode.v1_runner import let_the_expert_draft
+from proxy_vllm.spec_decode.v1_runner import count_thoughts_by_position, let_the_expert_draft
 from proxy_vllm.worker.changed_tokens import ChangedTokens
 from proxy_vllm.worker.gpu_worker import ProxyWorker
 from proxy_vllm.worker.model_runner import ProxyModelRunner
@@ -46,6 +47,11 @@ class ProxyCPUModelRunner(AdapterRunner, CPUModelRunner):
         if self.proxy_config.expert_drafts:
             let_the_expert_draft(self)
         self.changed_tokens = ChangedTokens(self.proxy_config.changed_tokens_every, device)
+
+    def may_reinitialize_input_batch(self, kv_cache_config: KVCacheConfig) -> None:
+        super().may_reinitialize_input_batch(kv_cache_config)
+        if self.proxy_config.expert_drafts:
+            count_thoughts_by_position(self)
 
     def set_adapters_of_drafts(self) -> None:
         count = self.input_batch.num_reqs

@@ -53,6 +53,9 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.v1.sample.logits_processor.builtin:LogitBiasLogitsProcessor": {
         "spec_decode/v1_runner.py": "biases"
     },
+    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder": {
+        "spec_decode/v1_runner.py": "_state"
+    },
     "vllm.v1.engine.async_llm:AsyncLLM": {
         "remote_base/async_llm.py": "engine_core output_handler output_processor vllm_config",
     },
@@ -208,7 +211,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "vllm.v1.worker.gpu_input_batch:InputBatch": {
         "cpu_worker.py": "generators num_reqs req_ids",
         "spec_decode/v1_runner.py": "_make_sampling_metadata logitsprocs req_output_token_ids"
-        " sampling_metadata",
+        " sampling_metadata thinking_budget_state_holder",
     },
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": {"cpu_worker.py": "sampling_params"},
     "vllm.v1.worker.gpu_model_runner:ExecuteModelState": {
@@ -408,6 +411,9 @@ CALLS: dict[str, dict[str, str]] = {
     "._determine_batch_execution_and_padding": {"spec_decode/v1_runner.py": "/2"},
     "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
     ".build_per_group_and_layer_attn_metadata": {"spec_decode/v1_runner.py": "/3"},
+    "vllm.v1.sample.thinking_budget_state:maybe_create_thinking_budget_state_holder": {
+        "spec_decode/v1_runner.py": "/5"
+    },
     "vllm.config.speculative:SpeculativeConfig.hf_config_override": {"validate.py": "/1"},
     "vllm.v1.worker.gpu.input_batch:get_num_sampled_and_rejected": {"sampler.py": "/5"},
     "vllm.v1.worker.gpu.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask": {
@@ -493,8 +499,8 @@ OVERRIDES: dict[str, str] = {
     "proxy_vllm.server.extra_fields:CarryingCompletion": "__init__ completion_stream_generator"
     " request_output_to_completion_response",
     "proxy_vllm.worker.cpu_worker:ProxyCPUModelRunner": "__init__ _bookkeeping_sync"
-    " _input_fits_in_drafter _model_forward _sample _update_states load_model sample_tokens"
-    " warming_up_model",
+    " _input_fits_in_drafter _model_forward _sample _update_states load_model"
+    " may_reinitialize_input_batch sample_tokens warming_up_model",
     "proxy_vllm.worker.cpu_worker:ProxyCPUWorker": "_make_model_runner init_device",
     "proxy_vllm.llm:ProxyLLM": "__init__ _add_request _beam_search_step _preprocess_chat_one"
     " _preprocess_cmpl _preprocess_cmpl_one",
