@@ -75,6 +75,16 @@ def test_the_same_in_a_stream(server):
     assert reasons[-1] == "tool_calls" and not any(reasons[:-1])
 
 
+def test_a_thought_ends_at_its_budget(server):
+    """Of as many tokens as asked: the end is the expert's, which the server's parser names."""
+    whole = ask(server).choices[0].message.model_dump()["reasoning"]
+    (choice,) = ask(server, logprobs=True, extra_body={"thinking_token_budget": 2}).choices
+    thought = choice.message.model_dump()["reasoning"]
+    assert thought and whole.startswith(thought) and thought != whole
+    tokens = [entry.token for entry in choice.logprobs.content]
+    assert (tokens[0], tokens[3]) == ("<think>", "</think>")
+
+
 def test_no_thought_where_thinking_is_off(server):
     off = {"chat_template_kwargs": {"enable_thinking": False}}
     (choice,) = ask(server, extra_body=off).choices
