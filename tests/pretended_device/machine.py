@@ -69,6 +69,7 @@ def _install() -> None:
     torch.Tensor.pin_memory = lambda self, *_: work.pinned.add(self.clone())
     launcher.install()
 
+    import vllm.model_executor.layers.attention.mla_attention as latent_attention
     import vllm.model_executor.model_loader.base_loader as loader
     import vllm.v1.worker.gpu.model_runner as runner
     import vllm.v1.worker.gpu.sample.sampler as sampler
@@ -76,6 +77,7 @@ def _install() -> None:
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
     from vllm.v1.worker.utils import AttentionGroup
 
+    import proxy_vllm.adapters.manager as adapters
     import proxy_vllm.composite.model as composite
     import proxy_vllm.worker.cpu_worker as cpu_worker
 
@@ -85,6 +87,14 @@ def _install() -> None:
     runner.init_attn_backend = _on_cpu(runner.init_attn_backend)
     loader.BaseModelLoader.load_model = _loading(loader.BaseModelLoader.load_model)
     composite.build_member = _building(composite.build_member)
+    composite.build_sharing = _building(composite.build_sharing)
+    # Adapters are inside of the expert.
+    adapters.ExpertAdapterWorker.__init__ = _on_cpu(adapters.ExpertAdapterWorker.__init__)
+    for name in ("create_lora_manager", "set_active_adapters", "add_adapter"):
+        method = getattr(adapters.ExpertAdapterWorker, name)
+        setattr(adapters.ExpertAdapterWorker, name, _plainly(method))
+    # Its metadata is made outside of the device, where no memory can be pinned for a pretended one.
+    latent_attention.PIN_MEMORY = False
     # vLLM's own Triton filter does not run in the interpreter.
     sampler.apply_top_k_top_p = states.apply_top_k_top_p = apply_top_k_top_p_pytorch
 
@@ -123,6 +133,14 @@ def _on_cpu(function: Callable) -> Callable:
     return call
 
 
+def _plainly(method: Callable) -> Callable:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return method(*args, **kwargs)
+
+    return call
+
+
 def _of_plain_metadata(method: Callable) -> Callable:
     def call(self: Any, metadata: Any, *args: Any, **kwargs: Any) -> Any:
         plain = {f.name: inner(getattr(metadata, f.name)) for f in fields(metadata) if f.init}
@@ -157,6 +175,13 @@ def _building(build: Callable) -> Callable:
     return call
 
 
+def _make_plain(metadata: Any) -> None:
+    """Of layers with states, whose builders keep buffers on the device."""
+    for one in (metadata or {}).values():
+        for name, value in vars(one).items():
+            setattr(one, name, inner(value))
+
+
 def _cross(model: torch.nn.Module) -> None:
     for name in ("forward", "compute_logits", "compute_logits_local"):
         if hasattr(model, name):
@@ -172,6 +197,8 @@ def _crossing(name: str, method: Callable) -> Callable:
         slots = context.slot_mapping if context is not None else None
         if slots is not None:
             context.slot_mapping = inner(slots)
+        if context is not None:
+            _make_plain(context.attn_metadata)
         try:
             with work.launching([]), _disable_current_modes():
                 out = method(*inner(args), **inner(kwargs))
