@@ -30,7 +30,7 @@ import psutil
 from bench_common import provenance, result_file, script_argv, write_result
 from soaking.asking import Ask, Client, Tally, make_asks
 from soaking.servers import Replicas, Server
-from soaking.watching import Watcher, grown
+from soaking.watching import Watcher, grown, judged
 
 BURSTS = (4, 16, 48, 8, 32)  # 16 run at once
 
@@ -180,7 +180,7 @@ def faults(result: dict[str, Any], tally: Tally, args: argparse.Namespace) -> li
         found.append(f"killed {result['killed']}, not two engines")
     if end["processes_left"]:
         found.append(f"{end['processes_left']} processes are left behind")
-    if not args.replicas:  # a killed replica's successor begins small
+    if not args.replicas:
         found += grown(result["processes"], args.growth_mib, 8)
     return found
 
@@ -217,6 +217,8 @@ def main() -> None:
     # Where vLLM logged errors; one of a cut tool call is the parser's way to say so.
     result["errors_in_log"] = Counter(re.findall(r" ERROR \S+ \S+ \[(\S+:\d+)\] Traceback", log))
     found = faults(result, tally, args)
+    # None in a run of under two minutes, and a killed replica's successor begins small.
+    result["growth_judged"] = [] if args.replicas else sorted(judged(result["processes"]))
     result["faults"] = [text[:400] for text in found[:30]]
     print(json.dumps(result, indent=2))
     write_result(args.json, result)

@@ -7,6 +7,8 @@ from typing import Any
 import psutil
 
 FIELDS = ("rss_mib", "handles", "threads")
+# The shortest second half that tells growth from caches that fill, and open connections.
+JUDGED_MINUTES = 1.0
 
 
 class Watcher(threading.Thread):
@@ -82,10 +84,15 @@ def least_squares(x: list[float], y: list[float]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / spread if spread else 0.0
 
 
+def judged(trends: dict[str, Any]) -> dict[str, Any]:
+    """Those of processes that were watched for long enough to tell growth."""
+    return {n: t for n, t in trends.items() if t["minutes_after_warm_up"] >= JUDGED_MINUTES}
+
+
 def grown(trends: dict[str, Any], mib: float, others: float) -> list[str]:
-    """Processes whose second half grew by more than this, by their slope."""
+    """Processes whose second half, if it is long enough, grew by more than this by its slope."""
     found = []
-    for name, each in trends.items():
+    for name, each in judged(trends).items():
         for field, most in zip(FIELDS, (mib, others, others)):
             growth = each[field]["slope_per_minute"] * each["minutes_after_warm_up"]
             if growth > most:

@@ -72,3 +72,4 @@ def test_growth_is_found():
     found = grown(trends, mib=24, others=8)
     assert len(found) == 2 and all(f.startswith("leaking") for f in found)
     assert trends["leaking"]["rss_mib"]["slope_per_minute"] == pytest.approx(6)
+    assert not grown({"short": trend(leaking[:12])}, mib=0, others=0)
