@@ -20,7 +20,7 @@ demo: setup  ## the trained trio in the box against its three baselines (2 minut
 	$(BIN)/proxy-vllm demo
 
 quick: setup  ## unit tests, which start no engine (a minute)
-	$(BIN)/python -m pytest tests/unit -q -m "not slow"
+	$(BIN)/python -m pytest tests/unit -q -m "not slow" -n 2 --dist loadscope
 
 # Two suites at once: an engine of the tests has one thread.
 test: setup  ## the whole suite, on both runners

@@ -23,6 +23,7 @@ setup(
             "promql-parser",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "safetensors",
             "scipy",
