@@ -52,8 +52,9 @@ test-device: setup  ## Model Runner V2 on a pretended GPU, which tells of waits 
 test-slow: setup  ## what takes minutes each: benchmarks, data parallel servers, kernels for sm_90
 	$(BIN)/python -m pytest tests --ignore=tests/kernels -m slow
 	PROXY_VLLM_CPU_RUNNER=v2 $(BIN)/python -m pytest tests/kernels tests/e2e/test_families.py -m slow
-	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/torchvision_stub $(BIN)/python -m pytest -m slow \
-	  tests/e2e/test_families.py -k wrapper
+	for runner in v1 v2; do PROXY_VLLM_CPU_RUNNER=$$runner \
+	  PYTHONPATH=$(CURDIR):$(CURDIR)/tests/torchvision_stub $(BIN)/python -m pytest -m slow \
+	  tests/e2e/test_families.py -k "wrapper or qwen3_5" || exit 1; done
 
 compat: setup  ## WHEEL=0.33.0, a wheel or a folder: what that vLLM lacks that we use, by its source
 	$(BIN)/python tests/compat/source_check.py $(WHEEL)
