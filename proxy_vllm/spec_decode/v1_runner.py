@@ -230,9 +230,10 @@ class DraftVerifier(RejectionSampler):
 
 
 def count_thoughts_by_position(runner: GPUModelRunner) -> None:
-    """Have budgets of thoughts count position by position, as positions are drawn here.
+    """Have thinking budgets counted position by position, as positions are drawn here.
 
-    vLLM's own (0.32.0) for drafts ends the thought of another request, where a step has none.
+    In an engine with drafts, vLLM (0.32.0) takes a step without any for one of no rows, and forces
+    the end of a thought on the first request of the batch instead of the one whose thought it is.
     """
     batch = runner.input_batch
     batch.thinking_budget_state_holder = maybe_create_thinking_budget_state_holder(
