@@ -99,13 +99,18 @@ def provenance(argv: Sequence[str]) -> dict:
 
 def result_file(text: str) -> Path:
     """What ``--json`` names, its folder made now rather than after an hour of measuring."""
+    # Here, since bench_pairs.py imports this file over older trees.
+    from proxy_vllm.cli.json_file import check_json_file
+    from proxy_vllm.errors import UserError
+
     file = Path(text)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        check_json_file(file)
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} cannot be written: name a file")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--json ")) from None
     return file
 
 
