@@ -124,11 +124,12 @@ def test_adapters(tmp_path):
 
 def test_drafts_beside_all_that_needs_a_distribution(trio):
     """Penalties, log-probabilities, a grammar and a thinking budget, each on some rows."""
+    from e2e.test_sampling_features import penalised
     from e2e.test_thinking_budget import REASONING, budgeted
     from vllm.sampling_params import StructuredOutputsParams
 
     expected = expected_tokens(trio)
-    rows = [0, 1, 2, 3, 4, 0, 0]
+    rows = [0, 1, 2, 0, 4, 0, 0]
     more: list[dict] = [
         {},
         {"logprobs": 2},
@@ -143,6 +144,9 @@ def test_drafts_beside_all_that_needs_a_distribution(trio):
     prompts[6] = [*PROMPTS[0], 40]
     reference = Trio.load(trio["model"], trio["expert"], trio["antiexpert"], torch.float32)
     thought = greedy(reference, prompts[6], TOKENS, 1.0, process=budgeted(prompts[6], 2))[0]
+    repeating = penalised(PROMPTS[0], repetition=1.5)
+    less = greedy(reference, PROMPTS[0], TOKENS, 1.0, process=repeating)[0]
+    assert less != expected[0]
     asked = [params(row, **fields) for row, fields in zip(rows, more)]
     settings = {"speculative_tokens": 2, "max_num_batched_tokens": 128}
     given = [{"prompt_token_ids": p} for p in prompts]
@@ -154,6 +158,6 @@ def test_drafts_beside_all_that_needs_a_distribution(trio):
     tokens = tokens_of(outputs)
     for at in (0, 1, 2, 4):
         assert tokens[at] == expected[rows[at]]
-    assert tokens[6] == thought
+    assert (tokens[3], tokens[6]) == (less, thought)
     assert "".join(outputs[5].outputs[0].text.split()) in ("w5w6w7", "w8w7w7")
     assert_quiet(seen)
